@@ -1,0 +1,41 @@
+# make book   the book, in _build/html
+# make test   lint, types, every notebook at the smoke preset, the book without warnings, all tests
+# Both install what they need into .venv first. PYTHON and PRESET can be set: make book PRESET=smoke.
+
+PYTHON ?= python3
+PRESET ?= laptop
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: book test lock clean
+
+book: $(VENV)/installed
+	@python -m morphlib.pipeline snakemake --cores all --quiet rules --config preset=$(PRESET) -- publish
+	@echo "The book: $(CURDIR)/_build/html/index.html"
+
+test: $(VENV)/installed
+	ruff check .
+	ruff format --check .
+	mypy
+	python -m morphlib.pipeline snakemake --cores all --quiet rules --config preset=smoke
+	pytest
+
+# The stamp is written last, so that an interrupted installation is taken up again.
+$(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; set PYTHON=..." >&2; exit 2; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --progress-bar off -r requirements.lock
+	$(VENV)/bin/python -m pip install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Resolves pyproject.toml anew. Run it with a CPU-only torch, so that no CUDA package is pinned.
+lock:
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --editable '.[book,models,dev]'
+	$(VENV)-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
+	rm -rf $(VENV)-lock
+
+clean:
+	rm -rf _build .snakemake

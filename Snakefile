@@ -1,0 +1,70 @@
+# The pipeline: which notebook needs what, and the book.
+#
+#   make book                          every notebook at the laptop preset, then _build/html
+#   snakemake -n                       what would run, and why
+#   snakemake --config preset=smoke    another preset; its pages lie in _build/PRESET/html
+
+from pathlib import Path
+
+from morphlib import pipeline
+
+PRESETS = pipeline.read_presets(Path("notebooks/presets.yml"))
+PRESET = config.get("preset", "laptop")
+NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
+CODE = sorted(map(str, Path("morphlib").rglob("*.py")))
+DATA = sorted(map(str, Path("morphlib/data").glob("*.csv")))
+
+if PRESET not in PRESETS:
+    raise WorkflowError(f"no preset {PRESET!r} in notebooks/presets.yml; choose one of {', '.join(PRESETS)}")
+
+
+wildcard_constraints:
+    preset="|".join(PRESETS),
+    notebook="|".join(NOTEBOOKS),
+
+
+rule book:
+    default_target: True
+    input:
+        f"_build/{PRESET}/html",
+
+
+rule publish:
+    """The book that a reader opens: the pages of the chosen preset."""
+    input:
+        f"_build/{PRESET}/html",
+    output:
+        directory("_build/html"),
+    params:
+        preset=PRESET,
+    shell:
+        "cp -R {input} {output}"
+
+
+rule execute:
+    """One notebook, executed; update() keeps a good page when a new run fails."""
+    input:
+        CODE,
+        DATA,
+        notebook="notebooks/{notebook}.ipynb",
+    output:
+        update("_build/{preset}/tree/notebooks/{notebook}.ipynb"),
+    params:
+        parameters=lambda wildcards: PRESETS[wildcards.preset].get(wildcards.notebook, {}),
+    threads: 1
+    shell:
+        "python -m morphlib.pipeline execute {input.notebook} {output} --preset {wildcards.preset}"
+
+
+rule html:
+    """The pages of one preset."""
+    input:
+        "_config.yml",
+        "_toc.yml",
+        "pyproject.toml",
+        sorted(str(path) for path in Path("book").rglob("*") if path.is_file()),
+        expand("_build/{{preset}}/tree/notebooks/{notebook}.ipynb", notebook=NOTEBOOKS),
+    output:
+        directory("_build/{preset}/html"),
+    shell:
+        "python -m morphlib.pipeline book _build/{wildcards.preset}/tree {output}"

@@ -1,0 +1,224 @@
+"""From notebooks to a book: strict execution by papermill, and the tree that the book is built from.
+
+Run by the Snakefile. By hand: ``python -m morphlib.pipeline execute NOTEBOOK OUTPUT --preset laptop``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from morphlib.errors import InputError
+
+_TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+def read_presets(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """The presets file: preset -> notebook -> parameter -> value."""
+    try:
+        presets = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())}); mend it") from None
+    if not isinstance(presets, dict):
+        raise InputError(f"{path}: holds no presets; write preset, notebook, parameter and value as nested keys")
+    return {preset: {name: dict(v or {}) for name, v in (notebooks or {}).items()} for preset, notebooks in presets.items()}
+
+
+def declared_parameters(notebook: Path) -> dict[str, ast.expr]:
+    """The parameters of a notebook and their annotations, from its cell tagged ``parameters``.
+
+    The cell is read, not run. Every line of it is ``name: type = default``.
+    """
+    cells = [
+        cell
+        for cell in nbformat.read(notebook, as_version=4).cells
+        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])
+    ]
+    if len(cells) != 1:
+        raise InputError(f"{notebook}: has {len(cells)} cells tagged 'parameters'; tag exactly one")
+    parameters = {}
+    for statement in ast.parse(cells[0].source).body:
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
+            raise InputError(
+                f"{notebook}: the parameters cell has {ast.unparse(statement)!r}; write every line as name: type = default"
+            )
+        parameters[statement.target.id] = statement.annotation
+    return parameters
+
+
+def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
+    """Refuse what papermill lets pass: an unknown parameter, or a value of the wrong type."""
+    declared = declared_parameters(notebook)
+    for name, value in given.items():
+        if name not in declared:
+            raise InputError(f"{notebook}: has no parameter {name!r}; its parameters are {', '.join(declared)}")
+        if not _matches(value, declared[name]):
+            hint = "; YAML reads 1e9 as text, write 1.0e+9" if isinstance(value, str) and "e" in value else ""
+            raise InputError(
+                f"{notebook}: parameter {name} is {value!r}, a {type(value).__name__}; "
+                f"give a {ast.unparse(declared[name])}{hint}"
+            )
+
+
+def _matches(value: Any, annotation: ast.expr) -> bool:
+    match annotation:
+        case ast.Name(id="float"):
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case ast.Name(id=name) if name in _TYPES:
+            return type(value) is _TYPES[name]
+        case ast.Constant(value=None):
+            return value is None
+        case ast.Subscript(value=ast.Name(id="list"), slice=item):
+            return isinstance(value, list) and all(_matches(element, item) for element in value)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _matches(value, left) or _matches(value, right)
+    raise InputError(f"cannot check the annotation {ast.unparse(annotation)!r}; use str, int, float, bool, list[...] or |")
+
+
+def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
+    """Execute a notebook with papermill; ``output`` appears only when every cell has run.
+
+    Until then the notebook grows in a file beside it, ``NAME.partial.ipynb``, which is kept when a
+    cell fails. The parameters are checked before a kernel starts.
+    """
+    check_parameters(notebook, parameters)
+    import papermill  # two seconds, and only needed here
+
+    partial = output.with_name(f"{output.stem}.partial.ipynb")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(notebook, partial, dict(parameters), progress_bar=True)
+    except papermill.PapermillExecutionError as error:
+        raise InputError(
+            f"{notebook}: cell {error.exec_count} failed with {error.ename}: {error.evalue}; what ran is in {partial}"
+        ) from None
+    os.replace(partial, output)
+
+
+def repository_url(pyproject: Path) -> str | None:
+    """The repository's address: GITHUB_REPOSITORY in a workflow, else ``Repository`` in [project.urls]."""
+    if name := os.environ.get("GITHUB_REPOSITORY"):
+        return f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
+    urls = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"].get("urls", {})
+    return urls.get("Repository")
+
+
+def book_configuration(config: Mapping[str, Any], url: str | None) -> dict[str, Any]:
+    """The book's configuration, with the buttons that need the repository's address where there is one."""
+    if url is None:
+        return dict(config)
+    buttons = {"use_repository_button": True, "use_edit_page_button": True, "use_issues_button": True}
+    return {
+        **config,
+        "repository": {"url": url, "branch": "main"},
+        "html": {**config.get("html", {}), **buttons},
+        "launch_buttons": {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"},
+    }
+
+
+def build_book(tree: Path, output: Path) -> None:
+    """Build the book in ``tree``, where the executed notebooks lie; ``output`` appears only when it is whole.
+
+    Every page is built anew, nitpicking on, and a warning is an error.
+    """
+    shutil.rmtree(tree / "book", ignore_errors=True)
+    shutil.copytree("book", tree / "book")
+    shutil.copy("_toc.yml", tree / "_toc.yml")
+    config = yaml.safe_load(Path("_config.yml").read_text(encoding="utf-8"))
+    (tree / "_config.yml").write_text(
+        yaml.safe_dump(book_configuration(config, repository_url(Path("pyproject.toml"))), sort_keys=False),
+        encoding="utf-8",
+    )
+    work = tree.with_name(f"{tree.name}-build")
+    command = ["jupyter-book", "build", str(tree), "--path-output", str(work), "--all", "-n", "-W", "--keep-going"]
+    if subprocess.run(command, check=False).returncode:
+        raise InputError(f"the book in {tree} has warnings or errors, shown above; mend the pages they name")
+    html = work / "_build" / "html"
+    _prune_mathjax(html / "_static" / "mathjax")
+    replace_folder(html, output)
+    shutil.rmtree(work)
+
+
+def _prune_mathjax(folder: Path) -> None:
+    """Leave what a page loads: the TeX-to-HTML bundle, its fonts and the TeX extensions it loads by name."""
+    keep = (folder / "tex-chtml.js", folder / "output" / "chtml" / "fonts", folder / "input" / "tex" / "extensions")
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and not any(path == kept or kept in path.parents for kept in keep):
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def replace_folder(source: Path, destination: Path) -> None:
+    """Move ``source`` to ``destination``, which is never seen half-written."""
+    old = destination.with_name(f"{destination.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if destination.exists():
+        os.replace(destination, old)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def run_snakemake(arguments: Sequence[str]) -> int:
+    """Run Snakemake, one at a time in this folder.
+
+    Snakemake's own lock outlives a process that is killed; this one is held by the operating system
+    and ends with it.
+    """
+    Path("_build").mkdir(exist_ok=True)
+    with open("_build/lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError("another build runs in this folder; wait until it has ended") from None
+        command = [sys.executable, "-m", "snakemake", "--nolock", "--rerun-incomplete", *arguments]
+        return subprocess.run(command, check=False).returncode
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m morphlib.pipeline", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    snakemake = commands.add_parser("snakemake", help="run Snakemake, one at a time in this folder")
+    snakemake.add_argument("arguments", nargs=argparse.REMAINDER)
+    one = commands.add_parser("execute", help="execute one notebook with the parameters of a preset")
+    one.add_argument("notebook", type=Path)
+    one.add_argument("output", type=Path)
+    one.add_argument("--presets", type=Path, default=Path("notebooks/presets.yml"))
+    one.add_argument("--preset", default="laptop")
+    one.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "YAML"))
+    book = commands.add_parser("book", help="build the book from a tree of executed notebooks")
+    book.add_argument("tree", type=Path)
+    book.add_argument("output", type=Path)
+    parsed = parser.parse_args(arguments)
+    try:
+        if parsed.command == "snakemake":
+            return run_snakemake(parsed.arguments)
+        if parsed.command == "execute":
+            presets = read_presets(parsed.presets)
+            if parsed.preset not in presets:
+                raise InputError(f"{parsed.presets}: has no preset {parsed.preset!r}; choose one of {', '.join(presets)}")
+            given = presets[parsed.preset].get(parsed.notebook.stem, {})
+            execute(parsed.notebook, parsed.output, given | {name: yaml.safe_load(v) for name, v in parsed.parameter})
+        else:
+            build_book(parsed.tree, parsed.output)
+    except InputError as error:
+        print(f"{parser.prog} {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Run tables: one row per trained model and token budget, validated when loaded.
+
+A table is a CSV file. It must have the columns ``name``, ``n_params``, ``d_model``, ``n_layers``,
+``tokens`` and ``loss`` (nats per token); it should say in ``n_count`` how ``n_params`` is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pandera.pandas as pa
+
+from morphlib.errors import InputError
+from morphlib.laws import Array
+from morphlib.shapes import CONVENTIONS, Convention, Shape
+
+BUNDLED = {"paper": "paper_runs.csv"}
+
+# Norms, biases and a rounded figure move a count by less than this; the wrong convention moves
+# the paper's counts by 14 % or more.
+COUNT_TOLERANCE = 0.01
+
+
+def _positive(meaning: str) -> pa.Column:
+    check = pa.Check(lambda values: np.isfinite(values) & (values > 0))
+    return pa.Column(float, check, coerce=True, description=f"a positive number ({meaning})")
+
+
+def _positive_whole(meaning: str, *, required: bool = False) -> pa.Column:
+    # read as a float and cast after the check: casting first would cut 2.5 layers to 2
+    check = pa.Check(lambda values: np.isfinite(values) & (values > 0) & (values % 1 == 0))
+    return pa.Column(
+        float, check, required=required, coerce=True, description=f"a positive whole number ({meaning})"
+    )
+
+
+def _text(meaning: str, *, one_of: Sequence[str] = (), required: bool = False) -> pa.Column:
+    checks = [pa.Check.isin(one_of)] if one_of else []
+    kind = f"one of {', '.join(one_of)}" if one_of else "a text"
+    return pa.Column(str, checks, required=required, coerce=True, description=f"{kind} ({meaning})")
+
+
+def _flag(meaning: str, *, regex: bool = False) -> pa.Column:
+    return pa.Column(
+        float, pa.Check.isin([0, 1]), required=False, coerce=True, regex=regex, description=f"0 or 1 ({meaning})"
+    )
+
+
+FIT_SET = r"^fit_"
+WHOLE_NUMBERS = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab", "tied")
+
+SCHEMA = pa.DataFrameSchema(
+    {
+        "name": _text("the shape or run", required=True),
+        "n_params": _positive("parameters, counted as n_count says"),
+        "d_model": _positive_whole("width", required=True),
+        "n_layers": _positive_whole("depth", required=True),
+        "tokens": _positive("training tokens"),
+        "loss": _positive("loss in nats per token"),
+        "n_count": _text("how n_params is counted", one_of=CONVENTIONS),
+        "n_heads": _positive_whole("attention heads"),
+        "n_kv_heads": _positive_whole("key-value heads"),
+        "d_ff": _positive_whole("width of the SwiGLU layer"),
+        "vocab": _positive_whole("vocabulary size"),
+        "tied": _flag("whether the embedding and the output head share a table"),
+        "run": _text("the training run that the row is a checkpoint of"),
+        "family": _text("the nominal size that the row belongs to"),
+        FIT_SET: _flag("whether the row belongs to this fit set", regex=True),
+    }
+)
+
+
+def load(source: str | Path, count: Convention | None = None) -> pd.DataFrame:
+    """A validated run table: ``paper`` for the paper's 76 runs, or the path of a CSV file.
+
+    ``count`` names the convention of a table without the column ``n_count`` and converts one that
+    has it. The result always has the columns ``n_count`` and ``family`` (filled in by
+    ``size_families`` where the file has none). Raises ``InputError`` naming the file, the row
+    (line of the file, the header being line 1) and the column.
+    """
+    if count is not None and count not in CONVENTIONS:
+        raise InputError(f"{count!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
+    where = str(source)
+    table = _validate(_read(source), where)
+    if "n_count" not in table:
+        if count is None:
+            raise InputError(
+                f"{where}: nothing says how n_params is counted; add a column n_count or pass a convention "
+                f"(--count), one of {', '.join(CONVENTIONS)}"
+            )
+        table["n_count"] = count
+    _check_duplicates(table, where)
+    _check_counts(table, where)
+    if count is not None:
+        table = _convert(table, count, where)
+    if table["n_count"].nunique() > 1:
+        raise InputError(f"{where}: column n_count mixes conventions; pass one (--count) to convert the rows to it")
+    if "family" not in table:
+        table["family"] = size_families(table["n_params"])
+    return table
+
+
+def variables(table: pd.DataFrame) -> dict[str, Array]:
+    """What the laws read of a run: N parameters, D tokens, R = d_model / n_layers."""
+    return {
+        "N": table["n_params"].to_numpy(dtype=float),
+        "D": table["tokens"].to_numpy(dtype=float),
+        "R": (table["d_model"] / table["n_layers"]).to_numpy(dtype=float),
+    }
+
+
+def fit_mask(table: pd.DataFrame, column: str | None) -> np.ndarray:
+    """The rows that a 0/1 column marks, as a boolean array; all rows for ``None``."""
+    if column is None:
+        return np.ones(len(table), dtype=bool)
+    if column not in table:
+        known = ", ".join(name for name in table.columns if name.startswith("fit_")) or "none here"
+        raise InputError(f"the table has no column {column!r} to fit on; columns that mark fit sets: {known}")
+    values = table[column]
+    if not values.isin([0, 1]).all():
+        raise InputError(f"column {column!r} cannot mark the rows to fit on; it must hold only 0 and 1")
+    return values.to_numpy() == 1
+
+
+def size_families(n_params: pd.Series) -> pd.Series:
+    """A label for each row: rows within a tenth of the next smaller count are of one size."""
+    ordered = n_params.sort_values()
+    group = (ordered > 1.1 * ordered.shift()).cumsum()
+    smallest = ordered.groupby(group).transform("min")
+    return smallest.map(lambda n: f"{n:.3g}").reindex(n_params.index)
+
+
+def _read(source: str | Path) -> pd.DataFrame:
+    if source in BUNDLED:
+        with resources.files("morphlib").joinpath("data", BUNDLED[str(source)]).open(encoding="utf-8") as file:
+            return pd.read_csv(file)
+    try:
+        table = pd.read_csv(source)
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror or error}); give a CSV file or 'paper'") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise InputError(f"{source}: is not a CSV table ({str(error).strip()}); give a CSV file with a header") from None
+    if table.empty:
+        raise InputError(f"{source}: has no rows; give at least as many runs as the law has parameters")
+    return table
+
+
+def _validate(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The table with its columns checked and cast; the fault highest up in the file is reported."""
+    required = [name for name, column in SCHEMA.columns.items() if column.required]
+    if missing := [name for name in required if name not in table]:
+        raise InputError(f"{where}: column {', '.join(missing)} is missing; a run table has {', '.join(required)}")
+    try:
+        valid = SCHEMA.validate(table, lazy=True)
+    except pa.errors.SchemaErrors as errors:
+        faults = errors.failure_cases.dropna(subset="index").sort_values("index", kind="stable")
+        # where a column could not be cast, its checks ran on text and say nothing
+        not_cast = faults[faults["check"].str.startswith("dtype")]
+        fault = (not_cast if len(not_cast) else faults).iloc[0]
+    else:
+        whole = [name for name in valid.columns if name in WHOLE_NUMBERS or name.startswith("fit_")]
+        return valid.astype(dict.fromkeys(whole, "int64"))
+    name = fault["column"]
+    expected = (SCHEMA.columns.get(name) or SCHEMA.columns[FIT_SET]).description
+    row = int(fault["index"])
+    value = table[name].iloc[row]
+    found = "the value is missing; it must be" if pd.isna(value) else f"{value} is not"
+    raise InputError(f"{where}: row {row + 2}, column {name}: {found} {expected}; mend or remove the row")
+
+
+def _check_duplicates(table: pd.DataFrame, where: str) -> None:
+    repeated = table.duplicated(["name", "tokens"])
+    if repeated.any():
+        row = int(repeated.to_numpy().argmax())
+        name, tokens = table.loc[row, ["name", "tokens"]]
+        raise InputError(
+            f"{where}: row {row + 2} repeats name {name!r} with {tokens:.0f} tokens; "
+            "keep one row per name and number of tokens, or give repeated runs names of their own"
+        )
+
+
+def _shape(row: pd.Series) -> Shape:
+    heads = int(row["n_heads"]) if "n_heads" in row else 1
+    return Shape.of(
+        int(row["d_model"]),
+        int(row["n_layers"]),
+        n_heads=heads,
+        n_kv_heads=int(row["n_kv_heads"]) if "n_kv_heads" in row else heads,
+        d_ff=int(row["d_ff"]),
+        vocab=int(row["vocab"]),
+        tied=bool(row.get("tied", 0)),
+    )
+
+
+def _check_counts(table: pd.DataFrame, where: str) -> None:
+    """N must agree with the shape, where the table says enough about the shape to count it."""
+    if not {"d_ff", "vocab"} <= set(table.columns):
+        return
+    for index, (_, row) in enumerate(table.iterrows()):
+        try:
+            counted = _shape(row).n_params(row["n_count"])
+        except ValueError as error:
+            raise InputError(f"{where}: row {index + 2}: {error}") from None
+        if abs(row["n_params"] - counted) > COUNT_TOLERANCE * counted:
+            raise InputError(
+                f"{where}: row {index + 2}, column n_params: {row['n_params']:.0f} does not agree with the shape, which "
+                f"has {counted} parameters ({row['n_count']}); mend n_params, n_count or the shape"
+            )
+
+
+def _convert(table: pd.DataFrame, count: Convention, where: str) -> pd.DataFrame:
+    """The table with every ``n_params`` counted as ``count`` says."""
+    if (table["n_count"] == count).all():
+        return table
+    if missing := [name for name in ("d_ff", "vocab") if name not in table]:
+        raise InputError(
+            f"{where}: n_params cannot be converted to {count}: column {', '.join(missing)} is missing; add it"
+        )
+    def difference(row: pd.Series) -> int:
+        shape = _shape(row)
+        return shape.n_params(count) - shape.n_params(row["n_count"])
+
+    converted = table["n_params"] + table.apply(difference, axis="columns")
+    return table.assign(n_params=converted, n_count=count)

@@ -1,0 +1,238 @@
+"""The shape of a decoder-only transformer, and how many parameters it has.
+
+The paper's N counts every weight: both embedding tables, the attention and SwiGLU matrices and
+the norm gains. Others count fewer, and fitted exponents change with the convention, so a count
+here always names its convention.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal, get_args
+
+Convention = Literal["total", "without_input_embedding", "non_embedding"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
+
+Norm = Literal["gain_only_layer_norm", "layer_norm", "rms_norm"]
+
+GPT_NEOX_VOCABULARY = 50432  # GPT-NeoX-20B's tokenizer, padded, as the paper trains with
+
+_SPECIFICATION = re.compile(r"(?P<n_layers>\d+)x(?P<d_model>\d+)(?P<rest>(/.+)?)")
+_PART = re.compile(r"/(?:(\d+)(h|kv|ff|v)|(ff=8d/3)|(tied))(?=/|$)")
+_FIELD = {"h": "n_heads", "kv": "n_kv_heads", "ff": "d_ff", "v": "vocab"}
+_HOW_TO_WRITE = (
+    "write LAYERSxWIDTH, for example 12x3072, with /16h /4kv /8192ff /50432v or /ff=8d/3 /tied behind it as needed"
+)
+
+
+def swiglu_width(d_model: int) -> int:
+    """Open-LM's width of the SwiGLU layer: floor(8 d / 3), rounded up to a multiple of 256.
+
+    Source: ``open_lm/model.py`` of mlfoundations/open_lm.
+    """
+    return 256 * -(-(8 * d_model // 3) // 256)
+
+
+def plain_swiglu_width(d_model: int) -> int:
+    """8 d / 3 rounded to the nearest multiple of 8, which keeps d_ff / d the same for all widths."""
+    return 8 * max(1, round(d_model / 3))
+
+
+def default_heads(d_model: int) -> int:
+    """16 heads where that divides the width into heads of 64 or more.
+
+    Otherwise the largest count up to width / 64 that divides the width; at least one.
+    """
+    if d_model % 16 == 0 and d_model // 16 >= 64:
+        return 16
+    return max((h for h in range(1, d_model // 64 + 1) if d_model % h == 0), default=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A decoder-only transformer with SwiGLU, rotary positions and pre-norm, without linear biases.
+
+    Widths and counts are positive integers. ``n_heads`` divides ``d_model`` and ``n_kv_heads``
+    divides ``n_heads``; a ``ValueError`` says which of these does not hold.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_ff: int
+    vocab: int = GPT_NEOX_VOCABULARY
+    tied: bool = False
+    norm: Norm = "gain_only_layer_norm"
+
+    def __post_init__(self) -> None:
+        for field in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field} is {value!r}; give a whole number of at least 1")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"{self.n_heads} heads do not divide the width {self.d_model}; choose a divisor")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_kv_heads} key-value heads do not divide {self.n_heads} heads; choose a divisor")
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm is {self.norm!r}; choose one of {', '.join(get_args(Norm))}")
+
+    @classmethod
+    def of(
+        cls,
+        d_model: int,
+        n_layers: int,
+        *,
+        n_heads: int | None = None,
+        n_kv_heads: int | None = None,
+        d_ff: int | None = None,
+        vocab: int = GPT_NEOX_VOCABULARY,
+        tied: bool = False,
+        norm: Norm = "gain_only_layer_norm",
+    ) -> Shape:
+        """A shape from its width and depth, the rest filled in by the defaults of Open-LM."""
+        if d_model < 1:
+            raise ValueError(f"d_model is {d_model}; give a whole number of at least 1")
+        heads = default_heads(d_model) if n_heads is None else n_heads
+        return cls(
+            d_model=d_model,
+            n_layers=n_layers,
+            n_heads=heads,
+            n_kv_heads=heads if n_kv_heads is None else n_kv_heads,
+            d_ff=swiglu_width(d_model) if d_ff is None else d_ff,
+            vocab=vocab,
+            tied=tied,
+            norm=norm,
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """A shape from a specification, the name of a shape of the paper, or an Open-LM JSON file.
+
+        ``12x3072`` is 12 layers of width 3072; ``12x3072/16h/4kv/8192ff/50432v`` states the rest,
+        ``/ff=8d/3`` takes the plain SwiGLU ratio, ``/tied`` shares the embedding with the head.
+        Raises ``ValueError`` with what to write instead.
+        """
+        if text.endswith(".json"):
+            return cls.from_open_lm(Path(text))
+        if text in (named := paper_shapes()):
+            return named[text]
+        match = _SPECIFICATION.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is not a shape; {_HOW_TO_WRITE}")
+        d_model, n_layers = int(match["d_model"]), int(match["n_layers"])
+        given: dict[str, int] = {}
+        end = 0
+        for part in _PART.finditer(match["rest"]):
+            number, unit, plain_ratio, tied = part.groups()
+            field = "d_ff" if plain_ratio else "tied" if tied else _FIELD[unit]
+            if part.start() != end or field in given:
+                break
+            given[field] = plain_swiglu_width(d_model) if plain_ratio else True if tied else int(number)
+            end = part.end()
+        if end != len(match["rest"]):
+            raise ValueError(f"{text!r} is not a shape: cannot read {match['rest'][end:]!r}; {_HOW_TO_WRITE}")
+        try:
+            return cls.of(d_model, n_layers, **given)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not a shape: {error}") from None
+
+    @classmethod
+    def from_open_lm(cls, path: Path) -> Shape:
+        """A shape from an Open-LM model configuration (JSON), as in its ``model_configs`` folder.
+
+        Raises ``ValueError`` for a file that cannot be read, lacks a field, or describes another
+        architecture than this class counts.
+        """
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            shape = cls.of(
+                config["hidden_dim"],
+                config["n_layers"],
+                n_heads=config["n_heads"],
+                vocab=config["vocab_size"],
+                tied=bool(config.get("weight_tying", False)),
+            )
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); give an Open-LM model configuration") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {error.lineno} is not JSON; give an Open-LM model configuration") from None
+        except KeyError as error:
+            raise ValueError(f"{path}: the field {error} is missing; an Open-LM model configuration has it") from None
+        except (TypeError, AttributeError):
+            raise ValueError(f"{path}: not an Open-LM model configuration; its sizes must be whole numbers") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if config.get("ffn_type", "swiglu") not in ("swiglu", "swiglu_torch") or config.get("post_embed_norm"):
+            raise ValueError(f"{path}: only SwiGLU without a norm behind the embedding is counted; remove the option")
+        return shape
+
+    def __str__(self) -> str:
+        tied = "/tied" if self.tied else ""
+        return (
+            f"{self.n_layers}x{self.d_model}/{self.n_heads}h/{self.n_kv_heads}kv/{self.d_ff}ff/{self.vocab}v{tied}"
+        )
+
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def aspect_ratio(self) -> float:
+        """R = d_model / n_layers (paper, section 2)."""
+        return self.d_model / self.n_layers
+
+    def parameters_by_group(self) -> dict[str, int]:
+        """Parameters of each group of weights; the groups share no weight and miss none.
+
+        A tied table is listed under the output head, the place where it does arithmetic.
+        """
+        kv_width = self.n_kv_heads * self.head_size
+        norm_vectors = 2 if self.norm == "layer_norm" else 1  # a gain, and for layer_norm a bias
+        return {
+            "input_embedding": 0 if self.tied else self.vocab * self.d_model,
+            "attention": self.n_layers * (2 * self.d_model**2 + 2 * self.d_model * kv_width),
+            "feed_forward": self.n_layers * 3 * self.d_model * self.d_ff,
+            "norms": (2 * self.n_layers + 1) * self.d_model * norm_vectors,
+            "output_head": self.vocab * self.d_model,
+        }
+
+    def n_params(self, convention: Convention) -> int:
+        """The number of parameters, by the named convention.
+
+        ``total`` is the paper's N = 2 V d + L (4 d^2 + 3 d d_ff + 2 d) + d for untied tables,
+        gain-only norms and as many key-value heads as heads. ``without_input_embedding`` leaves
+        out the input table where it is a table of its own, ``non_embedding`` both tables.
+        """
+        groups = self.parameters_by_group()
+        total = sum(groups.values())
+        if convention == "total":
+            return total
+        if convention == "without_input_embedding":
+            return total - groups["input_embedding"]
+        if convention == "non_embedding":
+            return total - groups["input_embedding"] - groups["output_head"]
+        raise ValueError(f"{convention!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
+
+
+def paper_shapes() -> dict[str, Shape]:
+    """The shapes of the paper's configuration files and its further 1B candidates, by name.
+
+    Candidates without a configuration file have no published head count; theirs is the default.
+    """
+    with resources.files("morphlib").joinpath("data/paper_shapes.csv").open(encoding="utf-8") as file:
+        return {
+            row["name"]: Shape.of(
+                int(row["d_model"]),
+                int(row["n_layers"]),
+                n_heads=int(row["n_heads"]) if row["n_heads"] else None,
+                d_ff=int(row["d_ff"]),
+                vocab=int(row["vocab"]),
+            )
+            for row in csv.DictReader(file)
+        }
