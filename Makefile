@@ -6,12 +6,11 @@ PYTHON ?= python3
 PRESET ?= laptop
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: book test lock clean
 
 book: $(VENV)/installed
-	@python -m morphlib.pipeline snakemake --cores all --quiet rules --config preset=$(PRESET) -- publish
+	@python -m morphlib.pipeline snakemake publish --cores all --quiet rules --config preset=$(PRESET)
 	@echo "The book: $(CURDIR)/_build/html/index.html"
 
 test: $(VENV)/installed

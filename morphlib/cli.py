@@ -76,8 +76,7 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
         "exponents": law.exponents,
         "count": fit.count,
         "parameters": {
-            name: {"value": value, "standard_error": fit.standard_errors[name]}
-            for name, value in fit.parameters.items()
+            name: {"value": value, "standard_error": fit.standard_errors[name]} for name, value in fit.parameters.items()
         },
         "metrics": metrics,
         "predictions": predictions.to_dict(orient="records"),

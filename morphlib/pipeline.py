@@ -191,8 +191,7 @@ def run_snakemake(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m morphlib.pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    snakemake = commands.add_parser("snakemake", help="run Snakemake, one at a time in this folder")
-    snakemake.add_argument("arguments", nargs=argparse.REMAINDER)
+    commands.add_parser("snakemake", help="run Snakemake, one at a time in this folder; its arguments follow")
     one = commands.add_parser("execute", help="execute one notebook with the parameters of a preset")
     one.add_argument("notebook", type=Path)
     one.add_argument("output", type=Path)
@@ -202,10 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     book = commands.add_parser("book", help="build the book from a tree of executed notebooks")
     book.add_argument("tree", type=Path)
     book.add_argument("output", type=Path)
-    parsed = parser.parse_args(arguments)
+    parsed, others = parser.parse_known_args(arguments)
+    if others and parsed.command != "snakemake":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         if parsed.command == "snakemake":
-            return run_snakemake(parsed.arguments)
+            return run_snakemake(others)
         if parsed.command == "execute":
             presets = read_presets(parsed.presets)
             if parsed.preset not in presets:

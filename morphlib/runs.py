@@ -33,9 +33,7 @@ def _positive(meaning: str) -> pa.Column:
 def _positive_whole(meaning: str, *, required: bool = False) -> pa.Column:
     # read as a float and cast after the check: casting first would cut 2.5 layers to 2
     check = pa.Check(lambda values: np.isfinite(values) & (values > 0) & (values % 1 == 0))
-    return pa.Column(
-        float, check, required=required, coerce=True, description=f"a positive whole number ({meaning})"
-    )
+    return pa.Column(float, check, required=required, coerce=True, description=f"a positive whole number ({meaning})")
 
 
 def _text(meaning: str, *, one_of: Sequence[str] = (), required: bool = False) -> pa.Column:
@@ -45,9 +43,7 @@ def _text(meaning: str, *, one_of: Sequence[str] = (), required: bool = False) -
 
 
 def _flag(meaning: str, *, regex: bool = False) -> pa.Column:
-    return pa.Column(
-        float, pa.Check.isin([0, 1]), required=False, coerce=True, regex=regex, description=f"0 or 1 ({meaning})"
-    )
+    return pa.Column(float, pa.Check.isin([0, 1]), required=False, coerce=True, regex=regex, description=f"0 or 1 ({meaning})")
 
 
 FIT_SET = r"^fit_"
@@ -217,9 +213,8 @@ def _convert(table: pd.DataFrame, count: Convention, where: str) -> pd.DataFrame
     if (table["n_count"] == count).all():
         return table
     if missing := [name for name in ("d_ff", "vocab") if name not in table]:
-        raise InputError(
-            f"{where}: n_params cannot be converted to {count}: column {', '.join(missing)} is missing; add it"
-        )
+        raise InputError(f"{where}: n_params cannot be converted to {count}: column {', '.join(missing)} is missing; add it")
+
     def difference(row: pd.Series) -> int:
         shape = _shape(row)
         return shape.n_params(count) - shape.n_params(row["n_count"])

@@ -25,9 +25,7 @@ GPT_NEOX_VOCABULARY = 50432  # GPT-NeoX-20B's tokenizer, padded, as the paper tr
 _SPECIFICATION = re.compile(r"(?P<n_layers>\d+)x(?P<d_model>\d+)(?P<rest>(/.+)?)")
 _PART = re.compile(r"/(?:(\d+)(h|kv|ff|v)|(ff=8d/3)|(tied))(?=/|$)")
 _FIELD = {"h": "n_heads", "kv": "n_kv_heads", "ff": "d_ff", "v": "vocab"}
-_HOW_TO_WRITE = (
-    "write LAYERSxWIDTH, for example 12x3072, with /16h /4kv /8192ff /50432v or /ff=8d/3 /tied behind it as needed"
-)
+_HOW_TO_WRITE = "write LAYERSxWIDTH, for example 12x3072, with /16h /4kv /8192ff /50432v or /ff=8d/3 /tied behind it as needed"
 
 
 def swiglu_width(d_model: int) -> int:
@@ -174,9 +172,7 @@ class Shape:
 
     def __str__(self) -> str:
         tied = "/tied" if self.tied else ""
-        return (
-            f"{self.n_layers}x{self.d_model}/{self.n_heads}h/{self.n_kv_heads}kv/{self.d_ff}ff/{self.vocab}v{tied}"
-        )
+        return f"{self.n_layers}x{self.d_model}/{self.n_heads}h/{self.n_kv_heads}kv/{self.d_ff}ff/{self.vocab}v{tied}"
 
     @property
     def head_size(self) -> int:

@@ -1,0 +1,185 @@
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import published_fits
+from morphlib import diagnostics, fitting, laws, runs
+from morphlib.errors import InputError
+from morphlib.fitting import Status
+
+PUBLISHED = published_fits()
+# MINPACK and scipy's trust region stop when the sum of squares is about to change by this fraction,
+# so a parameter may stop this root, in units of its standard error times sqrt(n - p), off the optimum.
+FTOL = 1.49e-8
+
+
+def identify(row):
+    return f"{row['fit_on']}-{row['law']}-{row['exponents']}"
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=identify)
+@pytest.mark.parametrize("search", [fitting.fit_published, fitting.fit], ids=["published", "fresh"])
+def test_the_authors_fits(paper, row, search):
+    law = laws.get(row["law"], row["exponents"])
+    fit = search(paper, law, row["fit_on"])
+    freedom = fit.fitted.sum() - len(law.parameters)
+    for name in law.parameters:
+        tolerance = fit.standard_errors[name] * np.sqrt(FTOL * freedom)
+        assert fit.parameters[name] == pytest.approx(float(row[name]), abs=tolerance, rel=0), name
+
+    metrics = diagnostics.metrics_by_use(paper, fit)
+    assert metrics["held_out"].n == int(row["n_held_out"])
+    for use, quantity in (("fitted", "mse"), ("all", "mse"), ("all", "r2"), ("held_out", "mse"), ("held_out", "r2")):
+        value = getattr(metrics[use], quantity)
+        agrees_as_printed(value, row[f"{quantity}_{use}"], scale=1 - value if quantity == "r2" else value)
+    for model in ("1B_v1", "1B_v3", "1B_v6", "1B_v8"):
+        rows = paper["name"] == model
+        error = diagnostics.relative_error_pct(paper.loc[rows, "loss"], fit.loss_predicted[rows])
+        agrees_as_printed(error.item(), row[f"error_{model}_pct"], scale=error.item())
+    ranks = diagnostics.spearman_by_family(paper, fit.loss_predicted)
+    for family in ("80M", "116M", "164M", "237M", "313M", "1B"):
+        agrees_as_printed(ranks[family], row[f"spearman_{family}"], scale=0)
+
+
+def agrees_as_printed(value, printed, scale):
+    """Equal up to half a unit of the last printed digit and what stopping early changes of the scale of the value."""
+    decimals = len(printed.partition(".")[2])
+    assert value == pytest.approx(float(printed), abs=0.5 * 10**-decimals + np.sqrt(FTOL) * abs(scale) + 1e-12, rel=0)
+
+
+def test_the_published_procedure_gives_the_papers_digits(paper):
+    """The issue's figures for the main fit, as many digits as are printed."""
+    fit = fitting.fit_published(paper, laws.get("inference-aware"), "fit_main")
+    assert {name: float(f"{value:.5g}") for name, value in fit.parameters.items()} == {
+        "A": 54754, "B": 778350, "E": 2.4475, "alpha": 0.61457, "epsilon": 0.0011462,
+    }  # fmt: skip
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    scales=st.tuples(*[st.floats(-3, 3)] * 2),
+    alpha=st.floats(0.2, 0.9),
+    beta=st.floats(0.2, 0.9),
+    irreducible=st.floats(0.5, 3),
+)
+def test_noiseless_data_give_back_their_parameters(scales, alpha, beta, irreducible):
+    """A 7 x 7 grid of N and D without noise: the sum of squares at the optimum is zero, so every digit is determined."""
+    n, d = (
+        g.ravel()
+        for g in np.meshgrid(np.geomspace(1e7, 1e9, 7) * 10 ** scales[0], np.geomspace(1e9, 1e11, 7) * 10 ** scales[1])
+    )
+    true = {"A": 0.8 * np.exp(np.log(n).mean() * alpha), "B": 1.2 * np.exp(np.log(d).mean() * beta), "E": irreducible,
+            "alpha": alpha, "beta": beta}  # fmt: skip
+    law = laws.get("chinchilla", "free")
+    loss = law.predict(list(true.values()), {"N": n, "D": d})
+    table = table_of(n, d, loss)
+    fit = fitting.fit(table, law)
+    assert fit.status is Status.CONVERGED
+    # rounding of the losses (2e-16) times the condition of the problem, squared in the worst direction
+    assert fit.parameters == pytest.approx(true, rel=1e-16 * fit.condition_number**2 + 1e-7)
+
+
+def table_of(n, d, loss, ratio=None):
+    width = 1024 if ratio is None else np.round(ratio * 16).astype(int)
+    return pd.DataFrame(
+        {"name": [f"m{i}" for i in range(len(n))], "n_params": n, "tokens": d, "loss": loss, "d_model": width,
+         "n_layers": 16, "n_count": "total", "family": "any"}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("power", [-6, 6])
+def test_units_do_not_matter(paper, power):
+    """N and D in other units change A and B by a known factor and nothing else."""
+    law = laws.get("inference-aware", "free")
+    here = fitting.fit(paper, law)
+    scaled = paper.assign(n_params=paper["n_params"] * 10.0**power, tokens=paper["tokens"] * 10.0**power)
+    there = fitting.fit(scaled, law)
+    assert there.loss_predicted == pytest.approx(here.loss_predicted, rel=1e-8)
+    for name, exponent in (("A", "alpha"), ("B", "beta")):
+        factor = 10.0 ** (power * here.parameters[exponent])
+        assert there.parameters[name] == pytest.approx(here.parameters[name] * factor, rel=1e-4)
+
+
+def test_covariance_is_that_of_the_linearized_problem(paper):
+    """s^2 (J'J)^-1 in raw units, computed with extended care: columns scaled, QR instead of the SVD."""
+    law = laws.get("inference-aware", "free")
+    fit = fitting.fit(paper, law)
+    jacobian = law.jacobian(list(fit.parameters.values()), runs.variables(paper))
+    lengths = np.linalg.norm(jacobian, axis=0)
+    inverse = np.linalg.inv(np.linalg.qr(jacobian / lengths)[1]) / lengths[:, None]
+    residual = fit.loss_predicted - paper["loss"].to_numpy()
+    expected = residual @ residual / (76 - 7) * inverse @ inverse.T
+    errors = np.sqrt(np.diag(expected))
+    # raw columns are nearly parallel (condition about 1e4), so six digits are left of sixteen
+    assert np.allclose(list(fit.standard_errors.values()), errors, rtol=1e-6)
+    assert np.allclose(fit.covariance, expected, rtol=1e-5, atol=1e-6 * np.outer(errors, errors))
+
+
+def test_the_seed_decides_the_search_and_the_optimum_does_not_depend_on_it(paper):
+    law = laws.get("inference-aware", "free")
+    fits = [fitting.fit(paper, law, "fit_main", seed=seed) for seed in (1, 1, 2)]
+    assert dict(fits[0].parameters) == dict(fits[1].parameters)
+    assert fits[2].loss_predicted == pytest.approx(fits[0].loss_predicted, abs=1e-6)
+
+
+def test_a_fit_cannot_be_changed(paper):
+    fit = fitting.fit(paper, laws.get("chinchilla"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        fit.status = Status.EXACT
+    with pytest.raises(TypeError):
+        fit.parameters["A"] = 0.0
+    for array in (fit.loss_predicted, fit.covariance, fit.fitted):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_statuses_say_what_happened(paper):
+    tied, free = laws.get("chinchilla"), laws.get("chinchilla", "free")
+    assert fitting.fit(paper, tied).status is Status.CONVERGED
+    assert fitting.fit(paper, tied, "fit_20N_only").status is Status.NEGATIVE
+    assert fitting.fit(paper, free, "fit_main").status is Status.DEGENERATE  # E runs away (its value is -400 or lower)
+    exact = fitting.fit(paper.iloc[[0, 20, 40, 60]].reset_index(drop=True), tied)
+    assert exact.status is Status.EXACT
+    assert np.isnan(list(exact.standard_errors.values())).all()
+
+
+def test_rows_that_cannot_determine_the_law_are_refused(paper):
+    law = laws.get("inference-aware")
+    family = paper[paper["family"] == "80M"].reset_index(drop=True)
+    for table, message in (
+        (paper.head(4), "too few"),
+        (paper.assign(n_params=1e8), "all rows are of one size"),
+        (family, "all rows are of one size"),
+        (paper.assign(tokens=1e9), "all rows are of one budget"),
+        (paper.assign(d_model=64, n_layers=2), "all rows are of one aspect ratio"),
+    ):
+        for search in (fitting.fit, fitting.fit_published):
+            with pytest.raises(InputError, match=message):
+                search(table, law)
+    with pytest.raises(InputError, match="fit_other"):
+        fitting.fit(paper, law, "fit_other")
+    with pytest.raises(InputError, match="only 0 and 1"):
+        fitting.fit(paper, law, "tokens")
+    with pytest.raises(InputError, match="n_starts"):
+        fitting.fit(paper, law, n_starts=0)
+    with pytest.raises(InputError, match="no fit with free exponents"):
+        fitting.fit_published(paper, laws.get("chinchilla", "free"))
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), n_rows=st.integers(5, 12), spread=st.floats(0, 12))
+def test_any_positive_losses_give_a_fit_or_a_clear_error(seed, n_rows, spread):
+    """Nonsense data, over up to 24 orders of magnitude: never an exception from inside numpy, never a NaN prediction."""
+    rng = np.random.default_rng(seed)
+    n, d, loss = np.exp(rng.normal(0, 1, (3, n_rows)) * [[spread], [spread], [1]]) * [[1e8], [1e9], [3]]
+    table = table_of(n, d, loss, ratio=np.exp(rng.normal(3, 1, n_rows)) + 1)
+    try:
+        fit = fitting.fit(table, laws.get("inference-aware"), n_starts=4)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert np.isfinite(fit.loss_predicted).all()

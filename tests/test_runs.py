@@ -1,0 +1,125 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from morphlib import runs
+from morphlib.errors import InputError
+from morphlib.shapes import CONVENTIONS
+
+
+def test_the_papers_table(paper):
+    """Counts from the authors' scripts: 35 rows at 20N, 23 at 40N, 18 at 160N, 35 shapes, the fit sets."""
+    assert paper["budget"].value_counts().to_dict() == {"20N": 35, "40N": 23, "160N": 18}
+    assert paper["name"].nunique() == 35
+    sets = {name: int(paper[name].sum()) for name in paper if name.startswith("fit_")}
+    assert sets == {
+        "fit_main": 27, "fit_20N_only": 24, "fit_random_trial1": 6, "fit_random_trial2": 6, "fit_random_trial4": 6,
+        "fit_all_160N": 35,
+    }  # fmt: skip
+    assert set(paper["n_count"]) == {"total"}
+    assert paper["source"].str.len().min() > 0
+
+
+def test_bundled_tables_name_their_sources():
+    for path in (ROOT / "morphlib/data").glob("*.csv"):
+        table = pd.read_csv(path)
+        assert table["source"].notna().all(), path.name
+
+
+@pytest.mark.parametrize("count", CONVENTIONS)
+def test_a_table_converts_between_conventions_and_back(paper, tmp_path, count):
+    converted = runs.load("paper", count)
+    tables = {"total": 0, "without_input_embedding": 1, "non_embedding": 2}[count]
+    assert np.array_equal(converted["n_params"], paper["n_params"] - tables * 50432 * paper["d_model"])
+    converted.to_csv(tmp_path / "runs.csv", index=False)
+    assert np.array_equal(runs.load(tmp_path / "runs.csv", "total")["n_params"], paper["n_params"])
+
+
+REQUIRED = ["name", "n_params", "d_model", "n_layers", "tokens", "loss"]
+
+
+def written(table, path):
+    table.to_csv(path, index=False)
+    return path
+
+
+def test_the_smallest_table_needs_a_convention(paper, tmp_path):
+    path = written(paper[REQUIRED], tmp_path / "runs.csv")
+    with pytest.raises(InputError, match="n_count"):
+        runs.load(path)
+    table = runs.load(path, "total")
+    assert set(table["n_count"]) == {"total"}
+    assert table["family"].nunique() > 1
+
+
+def test_a_rounded_count_agrees_with_its_shape_and_another_convention_does_not(paper, tmp_path):
+    rounded = paper.assign(n_params=[float(f"{n:.3g}") for n in paper["n_params"]])
+    assert len(runs.load(written(rounded, tmp_path / "runs.csv"))) == 76
+    for other in ("without_input_embedding", "non_embedding"):
+        with pytest.raises(InputError, match="does not agree"):
+            runs.load(written(paper.assign(n_count=other), tmp_path / "runs.csv"))
+
+
+FAULTS = {
+    "missing column": (lambda t: t.drop(columns="loss"), "column loss is missing"),
+    "text in a number": (lambda t: t.astype(object).assign(loss=["high", *t["loss"][1:]]), "row 2, column loss: high"),
+    "negative loss": (lambda t: t.assign(loss=[-1.0, *t["loss"][1:]]), "row 2, column loss: -1.0"),
+    "missing value": (lambda t: t.assign(tokens=[np.nan, *t["tokens"][1:]]), "row 2, column tokens: the value is missing"),
+    "infinite": (lambda t: t.assign(tokens=[np.inf, *t["tokens"][1:]]), "row 2, column tokens: inf"),
+    "zero layers": (lambda t: t.assign(n_layers=[*t["n_layers"][:-1], 0]), "row 77, column n_layers: 0"),
+    "half a layer": (lambda t: t.assign(n_layers=[*t["n_layers"][:-1], 2.5]), "row 77, column n_layers: 2.5"),
+    "duplicate row": (lambda t: pd.concat([t, t.iloc[[3]]]), "row 78 repeats"),
+    "not a fit set": (lambda t: t.assign(fit_main=2), "row 2, column fit_main: 2"),
+    "unknown convention": (lambda t: t.assign(n_count="active"), "row 2, column n_count: active"),
+    "mixed conventions": (
+        lambda t: t.drop(columns=["d_ff"]).assign(n_count=["total"] * 75 + ["non_embedding"]), "mixes conventions"),
+    "count against shape": (lambda t: t.assign(n_params=2 * t["n_params"]), "row 2, column n_params"),
+    "heads": (lambda t: t.assign(n_heads=7), "row 2: 7 heads"),
+    "no rows": (lambda t: t.head(0), "has no rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_table_ends_in_one_clear_line(paper, tmp_path, fault):
+    change, message = FAULTS[fault]
+    path = written(change(paper), tmp_path / "runs.csv")
+    with pytest.raises(InputError) as raised:
+        runs.load(path)
+    assert message in str(raised.value)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_conversion_needs_the_shape(paper, tmp_path):
+    path = written(paper[[*REQUIRED, "n_count"]], tmp_path / "runs.csv")
+    with pytest.raises(InputError, match="d_ff, vocab is missing"):
+        runs.load(path, "non_embedding")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.binary(max_size=200))
+def test_any_file_is_a_table_or_a_clear_error(tmp_path, content):
+    path = tmp_path / "fuzz.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as raised:
+        runs.load(path)
+    assert "\n" not in str(raised.value)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_any_cell_may_be_anything(paper, tmp_path, data):
+    column = data.draw(st.sampled_from([*REQUIRED, "n_count", "n_heads", "d_ff", "vocab", "fit_main"]))
+    value = data.draw(st.one_of(st.text(max_size=8), st.floats(), st.integers(-5, 10**12), st.none()))
+    table = paper.head(3).astype(object)
+    table.loc[1, column] = value
+    try:
+        loaded = runs.load(written(table, tmp_path / "fuzz.csv"))
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert np.isfinite(loaded["loss"]).all() and (loaded["loss"] > 0).all()
+        assert (loaded["n_layers"] >= 1).all()

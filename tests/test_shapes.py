@@ -1,0 +1,123 @@
+import csv
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from morphlib.shapes import CONVENTIONS, Shape, default_heads, paper_shapes, plain_swiglu_width, swiglu_width
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    n_kv_heads = draw(st.integers(1, 8))
+    n_heads = n_kv_heads * draw(st.integers(1, 8))
+    return Shape(
+        d_model=n_heads * draw(st.integers(1, 256)),
+        n_layers=draw(st.integers(1, 200)),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_ff=draw(st.integers(1, 50_000)),
+        vocab=draw(st.integers(1, 200_000)),
+        tied=draw(st.booleans()),
+    )
+
+
+@given(shapes())
+def test_groups_sum_to_the_total_and_conventions_leave_out_the_tables(shape):
+    groups = shape.parameters_by_group()
+    total, without_input, non_embedding = (shape.n_params(convention) for convention in CONVENTIONS)
+    assert total == sum(groups.values())
+    assert without_input == total - (0 if shape.tied else shape.vocab * shape.d_model)
+    assert non_embedding == groups["attention"] + groups["feed_forward"] + groups["norms"]
+
+
+@given(shapes())
+def test_the_specification_reads_back(shape):
+    assert Shape.parse(str(shape)) == shape
+
+
+@given(st.integers(1, 20_000))
+def test_default_heads_keep_the_contract(d_model):
+    heads = default_heads(d_model)
+    assert d_model % heads == 0
+    if d_model % 16 == 0 and d_model / 16 >= 64:
+        assert heads == 16
+    else:
+        assert all(d_model % more for more in range(heads + 1, d_model // 64 + 1))
+
+
+def test_the_papers_formula_gives_the_total(paper):
+    """N = 2 V d + L (4 d^2 + 3 d d_ff + 2 d) + d, with d_ff by the 256 rule, for all 76 rows."""
+    for row in paper.itertuples():
+        d, layers, d_ff = row.d_model, row.n_layers, row.d_ff
+        formula = 2 * 50432 * d + layers * (4 * d**2 + 3 * d * d_ff + 2 * d) + d
+        assert swiglu_width(d) == d_ff
+        assert formula == row.n_params == Shape.of(d, layers, n_heads=row.n_heads).n_params("total")
+
+
+def test_every_shape_of_the_paper_to_the_digit():
+    with (ROOT / "morphlib/data/paper_shapes.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 87
+    for row in rows:
+        shape = paper_shapes()[row["name"]]
+        assert shape.n_params("total") == int(row["n_params"]), row["name"]
+        assert shape.d_ff == swiglu_width(shape.d_model)
+        with_biases = Shape.of(shape.d_model, shape.n_layers, n_heads=shape.n_heads, vocab=shape.vocab, norm="layer_norm")
+        assert with_biases.n_params("total") == int(row["n_params_layer_norm"]), row["name"]
+    assert Shape.parse("scale_open_lm_80m_v1").n_params("total") == 78_914_048
+    assert Shape.parse("scale_open_lm_1b_v8").n_params("total") == 1_668_885_504
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [
+        ("12x3072", "12x3072/16h/16kv/8192ff/50432v"),
+        ("12x3072/16h/4kv/8192ff", "12x3072/16h/4kv/8192ff/50432v"),
+        ("4x128/ff=8d/3/8h", "4x128/8h/8kv/344ff/50432v"),
+        ("2x96/256v/tied", "2x96/1h/1kv/256ff/256v/tied"),
+        ("24x1008", "24x1008/14h/14kv/2816ff/50432v"),
+    ],
+)
+def test_defaults_are_printed_back(text, full):
+    assert str(Shape.parse(text)) == full
+
+
+def test_the_plain_ratio_stays_near_eight_thirds():
+    for d_model in range(64, 4096, 8):
+        assert plain_swiglu_width(d_model) % 8 == 0
+        assert abs(plain_swiglu_width(d_model) - 8 * d_model / 3) <= 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "12", "12x", "x3072", "12x3072/", "12x3072/16", "12x3072/16h/16h", "12x3072/16q", "0x64", "4x0", "12x3072/7h",
+     "12x3072/16h/3kv", "12x3072/0ff", "-1x64", "12x3072 ", "12x3072/ff=3d", "no_such.json"],
+)  # fmt: skip
+def test_what_is_no_shape_says_so(text):
+    with pytest.raises(ValueError, match=r"\S"):
+        Shape.parse(text)
+
+
+@given(st.text(alphabet="0123456789x/hkvf=d3tie ", max_size=20))
+def test_any_text_is_a_shape_or_a_clear_error(text):
+    try:
+        shape = Shape.parse(text)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert Shape.parse(str(shape)) == shape
+
+
+def test_an_open_lm_configuration(tmp_path):
+    path = tmp_path / "config.json"
+    config = {"hidden_dim": 3072, "n_layers": 12, "n_heads": 16, "seq_len": 2048, "vocab_size": 50432, "weight_tying": False}
+    path.write_text(json.dumps(config))
+    assert Shape.parse(str(path)).n_params("total") == 1_668_885_504
+    for broken in ("{", "[]", json.dumps({"hidden_dim": 3072}), json.dumps(config | {"n_layers": "twelve"}),
+                   json.dumps(config | {"post_embed_norm": True}), json.dumps(config | {"n_heads": 7})):  # fmt: skip
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            Shape.parse(str(path))
