@@ -41,11 +41,13 @@ def declared_parameters(notebook: Path) -> dict[str, ast.expr]:
 
     The cell is read, not run. Every line of it is ``name: type = default``.
     """
-    cells = [
-        cell
-        for cell in nbformat.read(notebook, as_version=4).cells
-        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])
-    ]
+    try:
+        content = nbformat.read(notebook, as_version=4)
+    except OSError as error:
+        raise InputError(f"{notebook}: cannot be read ({error.strerror}); give a notebook") from None
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError):
+        raise InputError(f"{notebook}: is not a notebook; give an .ipynb file") from None
+    cells = [cell for cell in content.cells if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise InputError(f"{notebook}: has {len(cells)} cells tagged 'parameters'; tag exactly one")
     parameters = {}
@@ -104,7 +106,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
         raise InputError(
             f"{notebook}: cell {error.exec_count} failed with {error.ename}: {error.evalue}; what ran is in {partial}"
         ) from None
-    os.replace(partial, output)
+    partial.replace(output)
 
 
 def repository_url(pyproject: Path) -> str | None:
@@ -142,7 +144,8 @@ def build_book(tree: Path, output: Path) -> None:
         encoding="utf-8",
     )
     work = tree.with_name(f"{tree.name}-build")
-    command = ["jupyter-book", "build", str(tree), "--path-output", str(work), "--all", "-n", "-W", "--keep-going"]
+    jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
+    command = [jupyter_book, "build", str(tree), "--path-output", str(work), "--all", "-n", "-W", "--keep-going"]
     if subprocess.run(command, check=False).returncode:
         raise InputError(f"the book in {tree} has warnings or errors, shown above; mend the pages they name")
     html = work / "_build" / "html"
@@ -166,9 +169,9 @@ def replace_folder(source: Path, destination: Path) -> None:
     old = destination.with_name(f"{destination.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if destination.exists():
-        os.replace(destination, old)
+        destination.replace(old)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(source, destination)
+    source.replace(destination)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -179,13 +182,15 @@ def run_snakemake(arguments: Sequence[str]) -> int:
     and ends with it.
     """
     Path("_build").mkdir(exist_ok=True)
-    with open("_build/lock", "w", encoding="utf-8") as lock:
+    with Path("_build/lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError("another build runs in this folder; wait until it has ended") from None
         command = [sys.executable, "-m", "snakemake", "--nolock", "--rerun-incomplete", *arguments]
-        return subprocess.run(command, check=False).returncode
+        # the rules call python: this one, whether or not its environment is activated
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        return subprocess.run(command, check=False, env=environment).returncode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ _TEXT_COLOUR = "#0a0b0c"
 STYLE = {
     "axes.edgecolor": _TEXT_COLOUR,
     "axes.labelcolor": _TEXT_COLOUR,
-    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "axes.prop_cycle": pyplot.cycler(color=COLOURS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",

@@ -1,0 +1,170 @@
+"""The book at the smoke preset, built with warnings as errors, and the sources it is built from."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import yaml
+
+from conftest import ROOT
+from morphlib import pipeline
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="session")
+def book() -> Path:
+    command = [sys.executable, "-m", "morphlib.pipeline", "snakemake", "--cores", "all", "--quiet", "--config", "preset=smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return ROOT / "_build/smoke/html"
+
+
+class Page(HTMLParser):
+    """What the tests look at in a page: what it loads, what it links to, its pictures, its anchors, its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.loaded, self.links, self.pictures, self.anchors, self.text = [], [], [], set(), []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.anchors.add(values.get("id"))
+        if tag in ("script", "img", "iframe", "source") and values.get("src"):
+            self.loaded.append(values["src"])
+        if tag == "link" and values.get("rel") in ("stylesheet", "preload", "icon", "shortcut icon"):
+            self.loaded.append(values["href"])
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+        if tag == "img":
+            self.pictures.append(values.get("alt"))
+        if tag == "svg" and values.get("role") == "img":
+            self.pictures.append(values.get("aria-label"))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="session")
+def pages(book) -> dict[Path, Page]:
+    return {path: Page(path) for path in book.rglob("*.html") if "_static" not in path.parts}
+
+
+def test_every_chapter_of_the_contents_is_a_page(book):
+    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    chapters = [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
+    assert {path.stem for path in NOTEBOOKS} == {Path(chapter).name for chapter in chapters if chapter.startswith("notebooks/")}
+    for chapter in chapters:
+        assert (book / f"{chapter}.html").exists()
+    assert (book / "index.html").exists()
+
+
+def test_nothing_is_loaded_from_another_host(book, pages):
+    for path, page in pages.items():
+        for address in page.loaded:
+            assert not urlsplit(address).netloc, f"{path}: {address}"
+            assert (path.parent / unquote(urlsplit(address).path)).exists(), f"{path}: {address}"
+    for sheet in book.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?https?:", sheet.read_text(encoding="utf-8")), sheet
+
+
+def test_links_inside_the_book_lead_somewhere(pages):
+    for path, page in pages.items():
+        for link in page.links:
+            target = urlsplit(link)
+            if target.scheme or target.netloc:
+                continue
+            file = (path.parent / unquote(target.path)).resolve() if target.path else path
+            assert file.exists(), f"{path}: {link}"
+            if target.fragment and file in pages:
+                assert unquote(target.fragment) in pages[file].anchors, f"{path}: {link}"
+
+
+def test_pictures_say_in_words_what_is_seen(pages):
+    figures = [alt for page in pages.values() for alt in page.pictures]
+    assert any("scatter" in (alt or "") for alt in figures)
+    for alt in figures:
+        assert alt and len(alt.split()) >= 5, alt
+        assert not re.search(r"\.(png|svg|jpg)$", alt)
+
+
+def test_glued_numbers_arrive(pages):
+    """What is glued shows on the page: the key is nowhere, and no number is NaN."""
+    for notebook in NOTEBOOKS:
+        keys = re.findall(r"\{glue:text\}`([^`:]+)", notebook.read_text(encoding="utf-8"))
+        assert keys
+        page = next(page for path, page in pages.items() if path.stem == notebook.stem)
+        text = " ".join(page.text)
+        assert "{glue" not in text
+        html = next(path for path in pages if path.stem == notebook.stem).read_text(encoding="utf-8")
+        pasted = re.findall(r'<span class="pasted-text">(.*?)</span>', html)
+        assert len(pasted) == len(keys)
+        assert all(value.strip() and "nan" not in value.lower() for value in pasted), pasted
+
+
+def test_the_published_numbers_are_on_the_page(pages):
+    """The figures of the paper's main table, whatever the preset."""
+    text = " ".join(next(page for path, page in pages.items() if path.stem == "03_fitting_the_law").text)
+    for number in ("0.003296", "0.9895", "2.75", "3.41", "3.98", "4.10", "0.000554", "0.9982", "0.69", "0.90", "0.92", "1.15",
+                   "-0.4000", "0.8198", "0.8681", "0.6190", "54754.4", "778346", "2.9352", "4.38"):  # fmt: skip
+        assert number in text, number
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_a_source(path):
+    """No outputs, little code in small cells, a kernel that papermill can start, its parameters explained."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert len(code) <= 20
+    assert max(len(cell.source.splitlines()) for cell in code) <= 30
+    assert notebook.metadata.kernelspec.language == "python"
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    parameters = pipeline.declared_parameters(path)
+    assert re.findall(r"^\| `(\w+)` \|", prose, flags=re.MULTILINE) == list(parameters)
+    assert f"papermill notebooks/{path.name} out.ipynb" in prose
+
+
+def test_defaults_in_the_table_of_parameters_are_those_of_the_cell():
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, as_version=4)
+        cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+        prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        stated = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|", prose, flags=re.MULTILINE))
+        for statement in ast.parse(cell.source).body:
+            default = ast.literal_eval(statement.value)
+            text = stated[statement.target.id].strip("`").replace(",", "")
+            if isinstance(default, list):
+                continue
+            assert text == ("none" if default is None else f"{default:.0f}" if isinstance(default, float) else str(default))
+
+
+def test_plain_papermill_takes_other_parameters(tmp_path):
+    """The README's command, with each exponent free."""
+    out = tmp_path / "out.ipynb"
+    papermill = Path(sys.executable).with_name("papermill")
+    command = [papermill, "notebooks/03_fitting_the_law.ipynb", out, "-p", "exponents", "free", "-p", "n_starts", "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = json.dumps(nbformat.read(out, as_version=4))
+    assert "beta" in text and "gamma" in text
+
+
+def test_a_table_of_ones_own_runs_through_the_chapter(tmp_path, paper):
+    """A table with the required columns and n_count, nothing more, and all rows fitted."""
+    path = tmp_path / "runs.csv"
+    paper[["name", "n_params", "n_count", "d_model", "n_layers", "tokens", "loss"]].to_csv(path, index=False)
+    parameters = {"runs": str(path), "fit_on": None, "n_starts": 4, "candidates": ["12x3072", "24x2048/16h/4kv"]}
+    os.chdir(ROOT)
+    pipeline.execute(NOTEBOOKS[0], tmp_path / "out.ipynb", parameters)
+    assert (tmp_path / "out.ipynb").exists()

@@ -1,0 +1,160 @@
+import nbformat
+import pytest
+import yaml
+
+from conftest import ROOT
+from morphlib import pipeline
+from morphlib.errors import InputError
+
+
+def notebook(
+    path, *cells, parameters="x: int = 1\nrate: float = 1e9\nnames: list[str] = []\nrows: str | None = None\non: bool = True"
+):
+    book = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    )
+    if parameters is not None:
+        book.cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    book.cells += [nbformat.v4.new_code_cell(source) for source in cells]
+    nbformat.write(book, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_for_wrong_input(request, monkeypatch):
+    """Unless a test executes, starting a kernel is a failure: wrong input must be found before."""
+    if "executes" not in request.keywords:
+        import papermill
+
+        def started(*_, **__):
+            raise AssertionError("a kernel was started")
+
+        monkeypatch.setattr(papermill, "execute_notebook", started)
+
+
+GOOD = {"x": 2, "rate": 3, "names": ["a"], "rows": None, "on": False}
+BAD = {
+    "unknown": ({"y": 1}, "has no parameter 'y'"),
+    "text for a number": ({"x": "two"}, "parameter x is 'two', a str; give a int"),
+    "YAML's text for 1e9": ({"rate": yaml.safe_load("1e9")}, r"write 1\.0e\+9"),
+    "number for a text": ({"rows": 1}, "give a str | None"),
+    "float for an int": ({"x": 1.5}, "give a int"),
+    "bool for an int": ({"x": True}, "give a int"),
+    "bool for a float": ({"rate": True}, "give a float"),
+    "int for a bool": ({"on": 1}, "give a bool"),
+    "number in a list of texts": ({"names": ["a", 1]}, r"give a list\[str\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_parameter_is_an_error_before_a_kernel_starts(tmp_path, case):
+    given, message = BAD[case]
+    path = notebook(tmp_path / "n.ipynb", "x")
+    with pytest.raises(InputError, match=message):
+        pipeline.execute(path, tmp_path / "out.ipynb", given)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_right_parameters_pass(tmp_path):
+    pipeline.check_parameters(notebook(tmp_path / "n.ipynb"), GOOD)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [(None, "0 cells tagged 'parameters'"), ("x = 1", "write every line as name: type = default"),
+     ("x: int", "name: type = default"), ("x: set[int] = {1}", "cannot check the annotation")],
+)  # fmt: skip
+def test_a_parameters_cell_that_cannot_be_checked_is_an_error(tmp_path, parameters, message):
+    with pytest.raises(InputError, match=message):
+        pipeline.execute(notebook(tmp_path / "n.ipynb", parameters=parameters), tmp_path / "out.ipynb", {"x": 1})
+
+
+@pytest.mark.executes
+def test_an_execution_uses_its_parameters_and_leaves_only_the_whole_notebook(tmp_path):
+    path = notebook(tmp_path / "n.ipynb", "print(x * 21, rate, names, rows, on)")
+    pipeline.execute(path, tmp_path / "out" / "n.ipynb", GOOD)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["n.ipynb"]
+    executed = nbformat.read(tmp_path / "out" / "n.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text == "42 3 ['a'] None False\n"
+
+
+@pytest.mark.executes
+def test_a_failed_execution_keeps_its_partial_notebook_aside_and_the_good_one(tmp_path):
+    out = tmp_path / "out.ipynb"
+    pipeline.execute(notebook(tmp_path / "n.ipynb", "1 + 1"), out, {})
+    good = out.read_bytes()
+    with pytest.raises(InputError, match=r"ZeroDivisionError: division by zero; what ran is in .*out\.partial\.ipynb"):
+        pipeline.execute(notebook(tmp_path / "n.ipynb", "print('ran')", "1 / 0", "2"), out, {})
+    assert out.read_bytes() == good
+    partial = nbformat.read(tmp_path / "out.partial.ipynb", as_version=4)
+    assert any(cell.get("outputs") and cell.outputs[0].get("text") == "ran\n" for cell in partial.cells)
+
+
+def test_presets_name_notebooks_and_parameters_that_exist():
+    presets = pipeline.read_presets(ROOT / "notebooks/presets.yml")
+    assert set(presets) == {"smoke", "laptop", "paper"}
+    for notebooks in presets.values():
+        for name, parameters in notebooks.items():
+            pipeline.check_parameters(ROOT / "notebooks" / f"{name}.ipynb", parameters)
+
+
+@pytest.mark.parametrize("text", ["smoke: {a: [}", "- smoke", "just text"])
+def test_presets_that_are_none_say_so(tmp_path, text):
+    path = tmp_path / "presets.yml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"presets\.yml"):
+        pipeline.read_presets(path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["execute", "notebooks/03_fitting_the_law.ipynb", "out.ipynb", "--preset", "none"],
+        ["execute", "notebooks/03_fitting_the_law.ipynb", "out.ipynb", "-p", "exponent", "free"],
+        ["execute", "notebooks/99_nowhere.ipynb", "out.ipynb"],
+        ["execute", "README.md", "out.ipynb"],
+    ],
+)
+def test_wrong_use_of_the_command_is_exit_code_2_and_one_line(monkeypatch, capsys, arguments):
+    monkeypatch.chdir(ROOT)
+    assert pipeline.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_repository_address_comes_from_one_place(monkeypatch, tmp_path):
+    project = tmp_path / "pyproject.toml"
+    project.write_text("[project]\n")
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    assert pipeline.repository_url(project) is None
+    assert pipeline.book_configuration({"html": {"use_issues_button": False}}, None) == {"html": {"use_issues_button": False}}
+    project.write_text('[project]\n[project.urls]\nRepository = "https://example.org/book"\n')
+    assert pipeline.repository_url(project) == "https://example.org/book"
+    monkeypatch.setenv("GITHUB_REPOSITORY", "someone/book")
+    monkeypatch.setenv("GITHUB_SERVER_URL", "https://github.com")
+    url = pipeline.repository_url(project)
+    assert url == "https://github.com/someone/book"
+    configuration = pipeline.book_configuration({"html": {"use_issues_button": False}}, url)
+    assert configuration["repository"]["url"] == url
+    assert configuration["html"]["use_issues_button"] is True
+    assert "colab_url" in configuration["launch_buttons"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / name).touch()
+        pipeline.replace_folder(tmp_path / "new", tmp_path / "at" / "place")
+        assert [path.name for path in (tmp_path / "at").rglob("*")] == ["place", name]
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_second_build_in_the_same_folder_is_refused(monkeypatch, tmp_path):
+    import fcntl
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "_build").mkdir()
+    with (tmp_path / "_build/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another build"):
+            pipeline.run_snakemake(["--version"])
+    assert pipeline.run_snakemake(["--version"]) == 0

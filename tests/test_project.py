@@ -1,0 +1,65 @@
+"""The project's own files agree with each other."""
+
+import ast
+import re
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import morphlib
+from conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = (ROOT / "requirements.lock").read_text().splitlines()
+PINS = dict(line.split("==") for line in LOCK)
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def test_the_lock_pins_versions_and_nothing_else():
+    for line in LOCK:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line), line
+    assert PINS["torch"] == "2.13.0"
+    assert not [name for name in PINS if name.startswith(("nvidia", "triton", "cuda"))]
+
+
+@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *EXTRAS["book"], *EXTRAS["models"], *EXTRAS["dev"]])
+def test_the_lock_satisfies_what_the_project_asks_for(text):
+    requirement = Requirement(text)
+    pinned = {canonicalize_name(name): version for name, version in PINS.items()}
+    assert pinned[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_conda_users_get_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python = next(item for item in environment["dependencies"] if str(item).startswith("python="))
+    assert python == PROJECT["requires-python"].replace(">=", "python=")
+    assert {"pip": ["-r requirements.lock"]} in environment["dependencies"]
+
+
+def test_open_lm_comes_from_a_pinned_commit_and_only_for_the_paper():
+    assert len(EXTRAS["paper"]) == 1
+    assert re.fullmatch(r"open_lm @ git\+https://github\.com/mlfoundations/open_lm@[0-9a-f]{40}", EXTRAS["paper"][0])
+    assert not any("open_lm" in line for line in LOCK)
+
+
+def test_one_version_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    changelog = re.search(r"^## ([0-9.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert PROJECT["version"] == morphlib.__version__ == citation["version"] == changelog[1]
+
+
+def test_arrows_between_modules_go_one_way():
+    """A module imports only those named before it, and laws and shapes nothing of ours."""
+    order = ["errors", "laws", "shapes", "runs", "fitting", "diagnostics", "report", "pipeline", "cli"]
+    assert {path.stem for path in (ROOT / "morphlib").glob("*.py")} == {"__init__", *order}
+    for position, module in enumerate(order):
+        tree = ast.parse((ROOT / f"morphlib/{module}.py").read_text())
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("morphlib"):
+                imported |= {node.module.partition(".")[2]} if "." in node.module else {alias.name for alias in node.names}
+        allowed = set() if module in ("laws", "shapes") else {*order[:position], "__version__"}
+        assert imported <= allowed, f"{module} imports {imported - allowed}"
