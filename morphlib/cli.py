@@ -19,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.splitlines())}; see {self.prog} --help\n")
 
 
 def _law(name: str) -> str:

@@ -2,4 +2,7 @@
 
 
 class InputError(ValueError):
-    """Wrong input. The message is one line: what is wrong, where, and what to do about it."""
+    """Wrong input. The message is one line, whatever it quotes: what is wrong, where, and what to do about it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))

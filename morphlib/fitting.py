@@ -233,7 +233,7 @@ def _in_units(law: Law, values: Array, units: Mapping[str, float]) -> tuple[Arra
     for power in law.powers:
         coefficient, exponent = position[power.coefficient], position[law.free_name(power.exponent)]
         unit = units[power.variable]
-        factor = unit ** (-power.sign * values[exponent])
+        factor = np.float64(unit) ** (-power.sign * values[exponent])
         raw[coefficient] = values[coefficient] * factor
         derivative[coefficient, coefficient] = factor
         derivative[coefficient, exponent] = -power.sign * np.log(unit) * raw[coefficient]
@@ -251,23 +251,26 @@ def _result(
     share_of_starts_at_best: float,
 ) -> Fit:
     """The result object, from the parameters for variables divided by ``units``."""
-    every = runs.variables(table)
-    jacobian = law.jacobian(scaled_values, {name: every[name][fitted] / units[name] for name in law.variables})
-    values, to_raw = _in_units(law, scaled_values, units)
-    loss_predicted = law.predict(values, every)
+    every = {name: values / units[name] for name, values in runs.variables(table).items() if name in units}
+    # nonsense rows can drive an exponent so far that the raw coefficients overflow; in scaled units they do not
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        jacobian = law.jacobian(scaled_values, {name: values[fitted] for name, values in every.items()})
+        loss_predicted = law.predict(scaled_values, every)
+        values, to_raw = _in_units(law, scaled_values, units)
     residuals = loss_predicted[fitted] - table.loc[fitted, "loss"].to_numpy()
     n_rows, n_parameters = jacobian.shape
     lengths = np.linalg.norm(jacobian, axis=0)
-    _, singular, rotation = np.linalg.svd(jacobian / lengths, full_matrices=False)
+    _, singular, rotation = np.linalg.svd(jacobian / np.where(lengths > 0, lengths, 1), full_matrices=False)
     condition = float(singular[0] / singular[-1]) if singular[-1] > 0 else np.inf
     variance = residuals @ residuals / (n_rows - n_parameters) if n_rows > n_parameters else np.nan
-    with np.errstate(divide="ignore", invalid="ignore"):
+    # rows that leave a parameter open by hundreds of orders of magnitude give it an infinite error
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         root = (to_raw / lengths) @ (rotation.T / singular)
         covariance = variance * root @ root.T
     for array in (loss_predicted, covariance, fitted):
         array.setflags(write=False)
     by_name = dict(zip(law.parameters, values.tolist(), strict=True))
-    if not condition < CONDITION_LIMIT:
+    if not (condition < CONDITION_LIMIT and np.isfinite(values).all()):
         status = Status.DEGENERATE
     elif not converged:
         status = Status.NOT_CONVERGED

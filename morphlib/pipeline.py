@@ -9,6 +9,7 @@ import argparse
 import ast
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,10 +68,11 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
         if name not in declared:
             raise InputError(f"{notebook}: has no parameter {name!r}; its parameters are {', '.join(declared)}")
         if not _matches(value, declared[name]):
-            hint = "; YAML reads 1e9 as text, write 1.0e+9" if isinstance(value, str) and "e" in value else ""
+            number_as_text = isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+e[-+]?[0-9]+", value, re.IGNORECASE)
+            hint = "; YAML reads 1e9 as text, write 1.0e+9" if number_as_text else ""
             raise InputError(
-                f"{notebook}: parameter {name} is {value!r}, a {type(value).__name__}; "
-                f"give a {ast.unparse(declared[name])}{hint}"
+                f"{notebook}: parameter {name} is {value!r}, of type {type(value).__name__}; "
+                f"its type is {ast.unparse(declared[name])}{hint}"
             )
 
 

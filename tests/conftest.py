@@ -1,10 +1,17 @@
 import csv
+import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import settings
 
 from morphlib import runs
+
+# The same examples on every run, so that a failure can be repeated; HYPOTHESIS_PROFILE=fuzz looks further.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("fuzz", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 ROOT = Path(__file__).parent.parent
 

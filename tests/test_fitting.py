@@ -59,7 +59,7 @@ def test_the_published_procedure_gives_the_papers_digits(paper):
     }  # fmt: skip
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     scales=st.tuples(*[st.floats(-3, 3)] * 2),
     alpha=st.floats(0.2, 0.9),
@@ -170,7 +170,7 @@ def test_rows_that_cannot_determine_the_law_are_refused(paper):
         fitting.fit_published(paper, laws.get("chinchilla", "free"))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**32 - 1), n_rows=st.integers(5, 12), spread=st.floats(0, 12))
 def test_any_positive_losses_give_a_fit_or_a_clear_error(seed, n_rows, spread):
     """Nonsense data, over up to 24 orders of magnitude: never an exception from inside numpy, never a NaN prediction."""

@@ -35,14 +35,14 @@ def no_kernel_for_wrong_input(request, monkeypatch):
 GOOD = {"x": 2, "rate": 3, "names": ["a"], "rows": None, "on": False}
 BAD = {
     "unknown": ({"y": 1}, "has no parameter 'y'"),
-    "text for a number": ({"x": "two"}, "parameter x is 'two', a str; give a int"),
+    "text for a number": ({"x": "two"}, "parameter x is 'two', of type str; its type is int"),
     "YAML's text for 1e9": ({"rate": yaml.safe_load("1e9")}, r"write 1\.0e\+9"),
-    "number for a text": ({"rows": 1}, "give a str | None"),
-    "float for an int": ({"x": 1.5}, "give a int"),
-    "bool for an int": ({"x": True}, "give a int"),
-    "bool for a float": ({"rate": True}, "give a float"),
-    "int for a bool": ({"on": 1}, "give a bool"),
-    "number in a list of texts": ({"names": ["a", 1]}, r"give a list\[str\]"),
+    "number for a text": ({"rows": 1}, "its type is str | None"),
+    "float for an int": ({"x": 1.5}, "its type is int"),
+    "bool for an int": ({"x": True}, "its type is int"),
+    "bool for a float": ({"rate": True}, "its type is float"),
+    "int for a bool": ({"on": 1}, "its type is bool"),
+    "number in a list of texts": ({"names": ["a", 1]}, r"its type is list\[str\]"),
 }
 
 

@@ -99,7 +99,7 @@ def test_a_conversion_needs_the_shape(paper, tmp_path):
         runs.load(path, "non_embedding")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_any_file_is_a_table_or_a_clear_error(tmp_path, content):
     path = tmp_path / "fuzz.csv"
@@ -109,7 +109,7 @@ def test_any_file_is_a_table_or_a_clear_error(tmp_path, content):
     assert "\n" not in str(raised.value)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_cell_may_be_anything(paper, tmp_path, data):
     column = data.draw(st.sampled_from([*REQUIRED, "n_count", "n_heads", "d_ff", "vocab", "fit_main"]))
