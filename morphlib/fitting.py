@@ -1,10 +1,18 @@
-"""Fitting a law to a run table by nonlinear least squares (Levenberg-Marquardt).
+r"""Fitting a law to a run table: Levenberg-Marquardt over the nonlinear parameters, many problems at once.
 
-The residuals are raw losses, unweighted, as in the paper. Two ways to search:
+Given its exponents and the parameters of its shape term, a law is linear in the rest. **Variable
+projection** (Golub and Pereyra 1973) solves for those at every step, so the search is over one to
+four parameters. With the weighted basis :math:`\Phi(q) = Q T` and losses :math:`y`,
 
-- ``fit``: each variable divided by its geometric mean, so that all parameters are of order one;
-  several starts; the analytic Jacobian.
-- ``fit_published``: as the authors' code does it, raw variables and parameters from one start.
+.. math::
+    c = T^{-1} Q^\top y, \quad r = y - Q Q^\top y, \quad
+    \partial r / \partial q_j \approx -(I - Q Q^\top) (\partial \Phi / \partial q_j) c
+
+(Kaufman's approximation of the Jacobian), and a step solves
+:math:`(J^\top J + \lambda\, \mathrm{diag}(J^\top J))\, \delta = -J^\top r`. All starts, and all
+resamples of a bootstrap, are one array operation.
+
+The residuals are raw losses, unweighted, as in the paper, unless a robust loss or weights are given.
 """
 
 from __future__ import annotations
@@ -13,23 +21,30 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import combinations
 from types import MappingProxyType
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import OptimizeWarning, curve_fit, least_squares
+from scipy.optimize import OptimizeWarning, curve_fit
 
 from morphlib import runs
 from morphlib.errors import InputError
-from morphlib.laws import Array, Factor, Law
+from morphlib.laws import Array, Law
 
-MAX_EVALUATIONS = 500  # of one start; on the paper's rows a start that converges takes tens
+Loss = Literal["squared", "huber", "log-huber"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+
+MAX_ITERATIONS = 200  # of one start; one that converges takes about fifteen
+TOLERANCE = 1e-13  # relative decrease of the sum of squares that a step promises, under which the search stops
 SAME_OPTIMUM = 1e-6  # relative difference in the sum of squares under which two starts agree
 # The Jacobian in units of order one, its columns scaled to length one. Beyond this condition number
 # parameters can change by their own size while no loss changes in its fourth decimal, the last one
 # that is published (5e-5 of a loss of about 3).
 CONDITION_LIMIT = 6e4
 ONE_SIZE = 1.1  # largest over smallest value of a variable under which its term is a constant
+EXPONENT_RANGE = (1e-3, 20.0)  # x^-e beyond it is a constant or a step on any table of runs
 
 # The start of the authors' untied-gamma fit, and its bound on gamma
 # (law_nonequal/all_20N_partial_160N_data_fit/fit_scaling_laws_shape.py).
@@ -38,20 +53,24 @@ PUBLISHED_GAMMA_BOUND = 100.0
 
 
 class Status(Enum):
-    """How a fit ended; the value is one sentence of meaning and advice."""
+    """How a fit ended; the value is one sentence of meaning and one of advice."""
 
-    CONVERGED = "The search met its tolerance; the standard errors say how well the rows determine each parameter."
+    CONVERGED = "The search met its tolerance. The standard errors say how well the rows determine each parameter."
     NOT_CONVERGED = (
         "The search stopped before it met its tolerance; the values are where it stopped. "
         "Try more starts, or a law with fewer parameters."
     )
     DEGENERATE = (
-        "The rows cannot tell some parameters apart; predictions inside the range of "
-        "the rows may be good, single parameters mean nothing. Tie exponents, or add runs that vary N, D and R apart."
+        "The rows cannot tell some parameters apart; predictions inside the range of the rows may be good, single "
+        "parameters mean nothing. Tie exponents, or add runs that vary N, D and R apart."
+    )
+    AT_BOUND = (
+        "A coefficient that must not be negative is held at zero, so its term is missing and its exponent means nothing. "
+        "Add runs that vary N and D apart, or choose a law without the term."
     )
     NEGATIVE = (
-        "The search met its tolerance with a negative term or exponent of N, D or the irreducible loss, which has no "
-        "physical meaning; do not extrapolate. Add runs that vary N and D apart."
+        "The search met its tolerance with a negative coefficient of N or D or a negative irreducible loss, which has no "
+        "physical meaning. Do not extrapolate; add runs that vary N and D apart."
     )
     EXACT = (
         "There are as many rows as parameters, so the law passes through every row and nothing is known about its "
@@ -64,7 +83,8 @@ class Fit:
     """A fitted law. Arrays are read-only; ``fitted`` and ``loss_predicted`` follow the table's rows.
 
     ``covariance`` and ``standard_errors`` assume independent rows of equal noise and the law to be
-    right: s^2 (J'J)^-1 with s^2 = SSE / (n - p). They are NaN where n = p.
+    right: s^2 (J'J)^-1 with s^2 = SSE / (n - p). They are NaN where n = p, and for a parameter at a
+    bound or its exponent.
     """
 
     law: Law
@@ -79,9 +99,24 @@ class Fit:
     share_of_starts_at_best: float
     condition_number: float
 
+    @property
+    def values(self) -> Array:
+        """The parameters as an array, in the order of ``law.parameters``."""
+        return np.array(list(self.parameters.values()))
+
     def predict(self, table: pd.DataFrame) -> Array:
         """The loss, in nats per token, predicted for the rows of a run table, shape (n,)."""
-        return self.law.predict(list(self.parameters.values()), runs.variables(table))
+        return self.law.predict(self.values, runs.variables(table))
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """What the search found for each of P problems: values (P, p) in raw units, sums of squares, and how it went."""
+
+    values: Array
+    sse: Array
+    converged: np.ndarray
+    share_of_starts_at_best: Array
 
 
 def fit(
@@ -91,47 +126,33 @@ def fit(
     *,
     n_starts: int = 24,
     seed: int = 0,
+    positive: bool = True,
+    weights: Array | None = None,
+    loss: Loss = "squared",
+    loss_scale: float | None = None,
 ) -> Fit:
-    """Least squares over the rows that the 0/1 column ``fit_on`` marks (all without it).
+    """Fit a law to the rows that the 0/1 column ``fit_on`` marks (all without it).
 
-    The global search starts from ``n_starts`` random exponents, the linear parameters solved for
-    each, and runs MINPACK's Levenberg-Marquardt (More 1978) from every start. Raises ``InputError``
-    where the rows cannot determine the law: fewer rows than parameters, or a variable of the law
-    that does not vary.
+    ``n_starts`` random exponents, drawn with ``seed``, start the search. ``positive`` holds the
+    coefficients of the base and the irreducible loss at zero or above. ``weights``, shape (n,) over
+    the table, multiply the squared residuals. ``loss``: ``squared``, or ``huber`` on the residuals or
+    ``log-huber`` on those of ln L, both as sums, quadratic up to ``loss_scale`` (default: 1e-3, the
+    scale Hoffmann et al. 2022 use on ln L, times the mean loss for ``huber``).
+
+    Raises ``InputError`` where the rows cannot determine the law: fewer rows than parameters, or a
+    variable of the law that does not vary.
     """
     if n_starts < 1:
         raise InputError(f"n_starts is {n_starts}; give at least 1")
     fitted = runs.fit_mask(table, fit_on)
-    _check_rows(table[fitted], law)
-    variables = runs.variables(table[fitted])
-    loss = table.loc[fitted, "loss"].to_numpy()
-    units = _units(law, variables)
-    scaled = {name: variables[name] / units[name] for name in law.variables}
-
-    searches = []
-    for start in _starts(law, scaled, loss, n_starts, np.random.default_rng(seed)):
-        # a start far off can overflow x ** exponent; the search then fails and another start wins
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            try:
-                searches.append(
-                    least_squares(
-                        lambda values: law.predict(values, scaled) - loss,
-                        start,
-                        jac=lambda values: law.jacobian(values, scaled),
-                        method="lm",
-                        ftol=1e-14,
-                        xtol=1e-14,
-                        gtol=1e-14,
-                        max_nfev=MAX_EVALUATIONS,
-                    )
-                )
-            except ValueError:
-                continue
-    if not searches:
-        raise InputError(f"no start of the search could evaluate {law.name}; check the units of the table")
-    best = min(searches, key=lambda search: search.cost)
-    at_best = [search.cost <= best.cost * (1 + SAME_OPTIMUM) for search in searches]
-    return _result(table, law, fitted, best.x, units, best.status > 0, n_starts, sum(at_best) / n_starts)
+    rows = table[fitted]
+    _check_rows(rows, law)
+    row_weights = np.ones(len(rows)) if weights is None else _checked_weights(weights, table)[fitted]
+    found = solve(rows, law, row_weights[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
+    values, converged = found.values[0], bool(found.converged[0])
+    if loss != "squared":
+        values, row_weights, converged = _robust(rows, law, values, row_weights, loss, loss_scale)
+    return _result(table, law, fitted, values, row_weights, converged, n_starts, float(found.share_of_starts_at_best[0]))
 
 
 def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> Fit:
@@ -139,10 +160,13 @@ def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> F
 
     Tied exponents: every parameter starts at 1, no bounds, Levenberg-Marquardt. Gamma freed: their
     start and their bound of 100 on gamma, which makes scipy use its trust-region method. The
-    authors fitted nothing else; other exponents raise ``InputError``.
+    authors fitted nothing else; other laws and exponents raise ``InputError``.
     """
-    if law.exponents == "free":
-        raise InputError("the authors published no fit with free exponents; choose tied or gamma, or fit afresh")
+    if law.name not in ("chinchilla", "inference-aware") or law.exponents == "free":
+        raise InputError(
+            f"the authors published no fit of {law.name} with {law.exponents} exponents; choose chinchilla or "
+            "inference-aware with tied or gamma, or fit afresh"
+        )
     fitted = runs.fit_mask(table, fit_on)
     _check_rows(table[fitted], law)
     variables = runs.variables(table[fitted])
@@ -151,13 +175,12 @@ def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> F
     def predict(_: Array, *values: float) -> Array:
         return law.predict(values, variables)
 
-    bounded = law.exponents == "gamma" and "gamma" in law.parameters
     options = (
         {
             "p0": [PUBLISHED_GAMMA_START[name] for name in law.parameters],
             "bounds": (-np.inf, [PUBLISHED_GAMMA_BOUND if name == "gamma" else np.inf for name in law.parameters]),
         }
-        if bounded
+        if "gamma" in law.parameters
         else {"p0": np.ones(len(law.parameters))}
     )
     with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -166,9 +189,225 @@ def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> F
             values, _ = curve_fit(predict, np.arange(len(loss)), loss, maxfev=100_000, **options)
         except RuntimeError as error:
             raise InputError(f"the published procedure does not converge on these rows ({error}); fit afresh") from None
-    units = _units(law, variables)
-    back = {name: 1 / unit for name, unit in units.items()}
-    return _result(table, law, fitted, _in_units(law, values, back)[0], units, True, 1, 1.0)
+    return _result(table, law, fitted, values, np.ones(len(loss)), True, 1, 1.0)
+
+
+def solve(
+    rows: pd.DataFrame,
+    law: Law,
+    weights: Array,
+    *,
+    n_starts: int = 24,
+    seed: int = 0,
+    positive: bool = True,
+    near: Array | None = None,
+) -> Solutions:
+    """The best of ``n_starts`` searches for each of P problems that weight the same rows differently.
+
+    ``weights`` has shape (P, n): ones for a fit, counts for a resample, zeros for rows left out.
+    ``near``, nonlinear values in raw units of shape (m,), is one more start for every problem.
+    """
+    n_problems = len(weights)
+    every = runs.variables(rows)
+    units = _units(law, every, rows)
+    scaled = {name: every[name] / units[name] for name in law.variables}
+    loss = rows["loss"].to_numpy()
+    starts = _starts(law, n_starts, np.random.default_rng(seed))
+    if near is not None:
+        back = {name: 1 / unit for name, unit in units.items()}
+        there = law.to_raw(np.concatenate([np.ones(len(law.linear)), near]), back)[len(law.linear) :]
+        starts = np.vstack([starts, _to_search(law, there)])
+    problem = _Problem(law, scaled, loss, np.sqrt(weights), positive)
+    searched = _levenberg_marquardt(problem, np.tile(starts, (n_problems, 1)), np.repeat(np.arange(n_problems), len(starts)))
+    shape = (n_problems, len(starts))
+    sse = searched.sse.reshape(shape)
+    best = sse.argmin(axis=1)
+    picked = np.arange(n_problems) * len(starts) + best
+    least = sse[np.arange(n_problems), best]
+    linear, nonlinear = searched.linear[picked], _from_search(law, searched.nonlinear[picked])
+    floor = 1e-24 * (weights @ loss**2)  # noiseless rows: nothing but rounding is left of the sum of squares
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        values = law.to_raw(np.concatenate([linear, nonlinear], axis=1), units)
+    return Solutions(
+        values=values,
+        sse=least,
+        converged=searched.converged[picked],
+        share_of_starts_at_best=(sse <= least[:, None] * (1 + SAME_OPTIMUM) + floor[:, None]).mean(axis=1),
+    )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Rows in units of order one, and what weighs them: the square root of the weights, shape (P, n)."""
+
+    law: Law
+    variables: Mapping[str, Array]
+    loss: Array
+    root_weights: Array
+    positive: bool
+
+    def evaluate(self, search_values: Array, problem: np.ndarray) -> tuple[Array, Array, Array, Array]:
+        """Linear parameters (B, k), sum of squares (B,), residuals (B, n), Kaufman's Jacobian (B, n, m)."""
+        basis, derivatives = self.law.basis(_from_search(self.law, search_values), self.variables)
+        root = self.root_weights[problem]
+        basis = basis * root[:, :, None]
+        target = self.loss * root
+        derivatives = derivatives * (root[:, :, None] * _search_slope(self.law, search_values)[:, None, :])[:, :, None, :]
+        finite = np.isfinite(basis).all(axis=(1, 2)) & np.isfinite(derivatives).all(axis=(1, 2, 3))
+        basis[~finite], derivatives[~finite] = 0.0, 0.0
+        lengths = np.sqrt(np.einsum("bnk,bnk->bk", basis, basis))
+        lengths[lengths == 0] = 1.0
+        orthonormal, triangle = np.linalg.qr(basis / lengths[:, None, :])
+        projected = np.einsum("bnk,bn->bk", orthonormal, target)
+        linear = _back_substitute(triangle, projected) / lengths
+        residual = target - np.einsum("bnk,bk->bn", orthonormal, projected)
+        by_nonlinear = np.einsum("bnkm,bk->bnm", derivatives, linear)
+        inner = np.einsum("bnk,bnm->bkm", orthonormal, by_nonlinear)
+        jacobian = np.einsum("bnk,bkm->bnm", orthonormal, inner) - by_nonlinear
+        sse = np.einsum("bn,bn->b", residual, residual)
+        sse[~finite] = np.inf
+        if self.positive:
+            for b in np.flatnonzero((linear < 0).any(axis=1) & finite):
+                linear[b], residual[b], jacobian[b] = _nonnegative(basis[b], target[b], derivatives[b])
+                sse[b] = residual[b] @ residual[b]
+        return linear, sse, residual, jacobian
+
+
+@dataclass
+class _Searched:
+    nonlinear: Array
+    linear: Array
+    sse: Array
+    converged: np.ndarray
+
+
+def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> _Searched:
+    """B searches at once, each from its row of ``start`` for the problem ``which`` names."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        linear, sse, residual, jacobian = problem.evaluate(start, which)
+    result = _Searched(start.copy(), linear, sse, np.zeros(len(start), dtype=bool))
+    target = (problem.root_weights[which] * problem.loss) ** 2
+    floor = 1e-28 * target.sum(axis=1)  # below it the residuals are rounding
+    damping = np.full(len(start), 1e-3)
+    active = np.flatnonzero(np.isfinite(sse))
+    residual, jacobian = residual[active], jacobian[active]
+    identity = np.eye(start.shape[1])
+    for _ in range(MAX_ITERATIONS):
+        if not len(active):
+            break
+        gradient = np.einsum("bnm,bn->bm", jacobian, residual)
+        square = np.einsum("bnm,bnl->bml", jacobian, jacobian)
+        diagonal = np.einsum("bmm->bm", square) + 1e-30
+        scale = np.sqrt(diagonal)
+        # in units of the columns' lengths the matrix has ones on its diagonal, and the damping is added to them
+        normal = square / scale[:, :, None] / scale[:, None, :] + damping[active, None, None] * identity
+        step = -np.linalg.solve(normal, (gradient / scale)[:, :, None])[:, :, 0] / scale
+        promised = -np.einsum("bm,bm->b", gradient, step)
+        moved = _clip(problem.law, result.nonlinear[active] + np.clip(step, -2.0, 2.0))
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            new_linear, new_sse, new_residual, new_jacobian = problem.evaluate(moved, which[active])
+        better = new_sse < result.sse[active]
+        accepted = active[better]
+        result.nonlinear[accepted], result.linear[accepted] = moved[better], new_linear[better]
+        done = (promised <= TOLERANCE * result.sse[active]) | (result.sse[active] <= floor[active])
+        result.sse[accepted] = new_sse[better]
+        residual[better], jacobian[better] = new_residual[better], new_jacobian[better]
+        damping[active] = np.where(better, damping[active] * 0.1, damping[active] * 10.0)
+        stuck = damping[active] > 1e12
+        result.converged[active[done]] = True
+        keep = ~(done | stuck)
+        active, residual, jacobian = active[keep], residual[keep], jacobian[keep]
+    return result
+
+
+def _nonnegative(basis: Array, target: Array, derivatives: Array) -> tuple[Array, Array, Array]:
+    """Least squares with no linear parameter below zero: the best of all sets of columns whose solution has none."""
+    n_columns = basis.shape[1]
+    best = (np.zeros(n_columns), target, np.zeros((len(target), derivatives.shape[2])))
+    least = target @ target
+    for size in range(n_columns - 1, 0, -1):
+        for kept in combinations(range(n_columns), size):
+            columns = list(kept)
+            orthonormal, triangle = np.linalg.qr(basis[:, columns])
+            if np.abs(np.diag(triangle)).min() == 0:
+                continue
+            projected = orthonormal.T @ target
+            solution = np.linalg.solve(triangle, projected)
+            residual = target - orthonormal @ projected
+            if (solution >= 0).all() and residual @ residual < least:
+                least = residual @ residual
+                linear = np.zeros(n_columns)
+                linear[columns] = solution
+                by_nonlinear = np.einsum("nkm,k->nm", derivatives, linear)
+                best = (linear, residual, orthonormal @ (orthonormal.T @ by_nonlinear) - by_nonlinear)
+    return best
+
+
+def _back_substitute(triangle: Array, right: Array) -> Array:
+    """Solve T x = b for a stack of small upper triangles; a zero on a diagonal gives zero instead of infinity."""
+    solution = np.zeros_like(right)
+    for i in range(right.shape[1] - 1, -1, -1):
+        known = np.einsum("bj,bj->b", triangle[:, i, i + 1 :], solution[:, i + 1 :])
+        pivot = triangle[:, i, i]
+        solution[:, i] = np.where(np.abs(pivot) > 1e-14, (right[:, i] - known) / np.where(pivot == 0, 1, pivot), 0.0)
+    return solution
+
+
+def _exponent_mask(law: Law) -> np.ndarray:
+    """Which nonlinear parameters are exponents of the base: positive, and searched as their logarithms."""
+    return np.array([name in law.base.exponents for name in law.nonlinear], dtype=bool)
+
+
+def _to_search(law: Law, nonlinear: Array) -> Array:
+    values = np.array(nonlinear, dtype=float)
+    mask = _exponent_mask(law)
+    values[..., mask] = np.log(np.clip(values[..., mask], *EXPONENT_RANGE))
+    return values
+
+
+def _from_search(law: Law, values: Array) -> Array:
+    nonlinear = values.copy()
+    mask = _exponent_mask(law)
+    nonlinear[..., mask] = np.exp(values[..., mask])
+    return nonlinear
+
+
+def _search_slope(law: Law, values: Array) -> Array:
+    """The derivative of the nonlinear parameters by those searched: the exponent itself for an exponent, else one."""
+    return np.where(_exponent_mask(law), np.exp(values), 1.0)
+
+
+def _clip(law: Law, values: Array) -> Array:
+    """Keep exponents in their range and the rest within +-50: far beyond any data, and short of overflow."""
+    low, high = np.log(EXPONENT_RANGE)
+    mask = _exponent_mask(law)
+    return np.clip(values, np.where(mask, low, -50.0), np.where(mask, high, 50.0))
+
+
+def _starts(law: Law, n_starts: int, rng: np.random.Generator) -> Array:
+    """Starting values of the search in scaled units, shape (n_starts, m).
+
+    Exponents are log-uniform over 0.1 to 2, which holds every published one; the share of the loss
+    due to a shape term over 0.001 to 0.3; an optimum lies within a factor of about four of the mean.
+    """
+    columns = []
+    for name in law.nonlinear:
+        if name in law.base.exponents:
+            columns.append(rng.uniform(np.log(0.1), np.log(2.0), n_starts))
+        elif name == "gamma":
+            columns.append(np.exp(rng.uniform(np.log(0.1), np.log(2.0), n_starts)))
+        elif name.startswith("epsilon"):
+            columns.append(np.exp(rng.uniform(np.log(1e-3), np.log(0.3), n_starts)))
+        else:
+            columns.append(rng.normal(0.0, 0.7, n_starts))
+    return np.stack(columns, axis=1) if columns else np.zeros((n_starts, 0))
+
+
+def _units(law: Law, variables: Mapping[str, Array], rows: pd.DataFrame) -> dict[str, float]:
+    """The geometric mean of each variable, by which it is divided: parameters are then of order one."""
+    if missing := [name for name in law.variables if name not in variables]:
+        raise InputError(f"{law.name} reads {', '.join(missing)}, which needs the column d_ff; add it to the table")
+    return {name: float(np.exp(np.log(variables[name]).mean())) for name in law.variables}
 
 
 def _check_rows(rows: pd.DataFrame, law: Law) -> None:
@@ -178,114 +417,109 @@ def _check_rows(rows: pd.DataFrame, law: Law) -> None:
             f"{len(rows)} rows are too few for {law.name} with {n_parameters} free parameters "
             f"({law.exponents} exponents); give at least {n_parameters + 1}"
         )
-    meaning = {"N": "size (n_params)", "D": "budget (tokens)", "R": "aspect ratio (d_model / n_layers)"}
+    meaning = {
+        "N": "size (n_params)",
+        "D": "budget (tokens)",
+        "R": "aspect ratio (d_model / n_layers)",
+        "d": "width (d_model)",
+        "L": "depth (n_layers)",
+        "C/M": "size (n_params)",
+        "CM": "budget (tokens)",
+    }
     for name, values in runs.variables(rows).items():
-        if name in law.variables and values.max() < ONE_SIZE * values.min():
+        if name in law.variables and name in meaning and values.max() < ONE_SIZE * values.min():
             raise InputError(
                 f"all rows are of one {meaning[name]}, {values.min():.4g} to {values.max():.4g}, so {law.name} cannot be "
                 f"fitted; add runs that differ in it by a tenth or more"
             )
 
 
-def _starts(law: Law, scaled: Mapping[str, Array], loss: Array, n_starts: int, rng: np.random.Generator) -> list[Array]:
-    """Starting values in scaled units: random exponents, and the base's linear parameters for them.
+def _checked_weights(weights: Array, table: pd.DataFrame) -> Array:
+    values = np.asarray(weights, dtype=float)
+    if values.shape != (len(table),) or not (np.isfinite(values) & (values >= 0)).all():
+        raise InputError(f"weights must be {len(table)} finite numbers of at least zero, one per row of the table")
+    return values
 
-    Exponents are log-uniform over 0.1 to 2, which holds every published one; the share of the loss
-    due to a shape factor, over 0.001 to 0.3.
+
+def _robust(
+    rows: pd.DataFrame, law: Law, values: Array, weights: Array, loss: Loss, loss_scale: float | None
+) -> tuple[Array, Array, bool]:
+    """Minimize a sum of Huber losses from the least-squares solution, by reweighting.
+
+    Huber's rho(r) is r^2 up to the scale s and 2 s |r| - s^2 beyond, so its weight is min(1, s / |r|).
+    For ``log-huber`` the residual is ln(predicted / measured). Returns values, the final weights of
+    squared residuals of the loss, and whether it converged.
     """
-    starts = []
-    for _ in range(n_starts):
-        values = {name: float(np.exp(rng.uniform(np.log(0.1), np.log(2)))) for name in law.parameters}
-        base, *others = law.factors
-        for factor in others:
-            values |= {p.coefficient: float(np.exp(rng.uniform(np.log(1e-3), np.log(0.3)))) for p in factor.powers}
-        values |= _linear_parameters(law, base, values, scaled, loss)
-        starts.append(np.array([values[name] for name in law.parameters]))
-    return starts
-
-
-def _linear_parameters(
-    law: Law, base: Factor, values: Mapping[str, float], scaled: Mapping[str, Array], loss: Array
-) -> dict[str, float]:
-    """Least squares for the constant and the coefficients of the base, its exponents given."""
-    names = [power.coefficient for power in base.powers]
-    columns = [scaled[p.variable] ** (p.sign * values[law.free_name(p.exponent)]) for p in base.powers]
-    if isinstance(base.constant, str):
-        names.append(base.constant)
-        columns.append(np.ones_like(loss))
-    solution = np.linalg.lstsq(np.column_stack(columns), loss, rcond=None)[0]
-    return dict(zip(names, solution.tolist(), strict=True))
-
-
-def _units(law: Law, variables: Mapping[str, Array]) -> dict[str, float]:
-    """The geometric mean of each variable, by which it is divided: parameters are then of order one."""
-    return {name: float(np.exp(np.log(variables[name]).mean())) for name in law.variables}
-
-
-def _in_units(law: Law, values: Array, units: Mapping[str, float]) -> tuple[Array, Array]:
-    """Parameters for raw variables x from those for x / u, and their derivative by the latter.
-
-    c x^(s e) = c' (x / u)^(s e), hence c = c' u^(-s e), dc/dc' = u^(-s e), dc/de = -s ln(u) c.
-    """
-    position = {name: index for index, name in enumerate(law.parameters)}
-    raw = values.copy()
-    derivative = np.eye(len(values))
-    for power in law.powers:
-        coefficient, exponent = position[power.coefficient], position[law.free_name(power.exponent)]
-        unit = units[power.variable]
-        factor = np.float64(unit) ** (-power.sign * values[exponent])
-        raw[coefficient] = values[coefficient] * factor
-        derivative[coefficient, coefficient] = factor
-        derivative[coefficient, exponent] = -power.sign * np.log(unit) * raw[coefficient]
-    return raw, derivative
+    if loss not in LOSSES:
+        raise InputError(f"{loss!r} is not a loss; choose one of {', '.join(LOSSES)}")
+    measured = rows["loss"].to_numpy()
+    scale = loss_scale if loss_scale is not None else 1e-3 * (1.0 if loss == "log-huber" else measured.mean())
+    if not scale > 0:
+        raise InputError(f"the scale of the loss is {scale}; give a number above zero")
+    variables = runs.variables(rows)
+    previous = np.inf
+    current = weights
+    for _ in range(MAX_ITERATIONS):
+        predicted = law.predict(values, variables)
+        residual = np.log(predicted / measured) if loss == "log-huber" else predicted - measured
+        inside = np.minimum(1.0, scale / np.maximum(np.abs(residual), 1e-300))
+        total = float((weights * np.where(inside == 1, residual**2, 2 * scale * np.abs(residual) - scale**2)).sum())
+        # d ln L = dL / L: a residual of ln L is, to first order, one of L over the measured loss
+        current = weights * inside * (1.0 if loss == "huber" else (residual / ((predicted - measured) / 1.0 + 1e-300)) ** 2)
+        if abs(previous - total) <= 1e-10 * total:
+            return values, current, True
+        previous = total
+        near = values[len(law.linear) :]
+        values = solve(rows, law, current[np.newaxis], n_starts=1, near=near, positive=True).values[0]
+    return values, current, False
 
 
 def _result(
     table: pd.DataFrame,
     law: Law,
     fitted: np.ndarray,
-    scaled_values: Array,
-    units: Mapping[str, float],
+    values: Array,
+    weights: Array,
     converged: bool,
     n_starts: int,
     share_of_starts_at_best: float,
 ) -> Fit:
-    """The result object, from the parameters for variables divided by ``units``."""
-    every = {name: values / units[name] for name, values in runs.variables(table).items() if name in units}
-    # nonsense rows can drive an exponent so far that the raw coefficients overflow; in scaled units they do not
+    """The result object, from parameters for raw variables and the weights of the fitted rows."""
+    every = runs.variables(table)
+    rows = {name: column[fitted] for name, column in every.items()}
+    units = _units(law, rows, table)
+    back = {name: 1 / unit for name, unit in units.items()}
+    # nonsense rows can drive an exponent so far that raw coefficients overflow; in scaled units they do not
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        jacobian = law.jacobian(scaled_values, {name: values[fitted] for name, values in every.items()})
-        loss_predicted = law.predict(scaled_values, every)
-        values, to_raw = _in_units(law, scaled_values, units)
-    residuals = loss_predicted[fitted] - table.loc[fitted, "loss"].to_numpy()
-    n_rows, n_parameters = jacobian.shape
-    lengths = np.linalg.norm(jacobian, axis=0)
-    _, singular, rotation = np.linalg.svd(jacobian / np.where(lengths > 0, lengths, 1), full_matrices=False)
-    condition = float(singular[0] / singular[-1]) if singular[-1] > 0 else np.inf
-    variance = residuals @ residuals / (n_rows - n_parameters) if n_rows > n_parameters else np.nan
-    # rows that leave a parameter open by hundreds of orders of magnitude give it an infinite error
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        root = (to_raw / lengths) @ (rotation.T / singular)
-        covariance = variance * root @ root.T
+        loss_predicted = law.predict(values, every)
+        scaled_values = law.to_raw(values, back)
+        scaled_rows = {name: rows[name] / units[name] for name in law.variables}
+        condition = _condition_number(law.jacobian(scaled_values, scaled_rows))
+        jacobian = law.jacobian(values, rows)
+        residuals = (loss_predicted[fitted] - table.loc[fitted, "loss"].to_numpy()) * np.sqrt(weights)
+        covariance = covariance_of(jacobian * np.sqrt(weights)[:, None], residuals)
+        errors = np.sqrt(np.diag(covariance))
     for array in (loss_predicted, covariance, fitted):
         array.setflags(write=False)
     by_name = dict(zip(law.parameters, values.tolist(), strict=True))
-    if not (condition < CONDITION_LIMIT and np.isfinite(values).all()):
+    base = [by_name[name] for name in law.linear]
+    if any(value == 0 for value in base):
+        status = Status.AT_BOUND
+    elif not (condition < CONDITION_LIMIT and np.isfinite(values).all()):
         status = Status.DEGENERATE
     elif not converged:
         status = Status.NOT_CONVERGED
-    elif n_rows == n_parameters:
+    elif fitted.sum() == len(values):
         status = Status.EXACT
-    elif any(by_name[law.free_name(name)] < 0 for name in law.factors[0].parameters):
+    elif any(value < 0 for value in base):
         status = Status.NEGATIVE
     else:
         status = Status.CONVERGED
-    errors = np.sqrt(np.diag(covariance)).tolist()
     return Fit(
         law=law,
         count=table["n_count"].iloc[0],
         parameters=MappingProxyType(by_name),
-        standard_errors=MappingProxyType(dict(zip(law.parameters, errors, strict=True))),
+        standard_errors=MappingProxyType(dict(zip(law.parameters, errors.tolist(), strict=True))),
         covariance=covariance,
         status=status,
         fitted=fitted,
@@ -294,3 +528,28 @@ def _result(
         share_of_starts_at_best=share_of_starts_at_best,
         condition_number=condition,
     )
+
+
+def _condition_number(jacobian: Array) -> float:
+    """Of the columns scaled to length one; infinite where one is zero or not finite."""
+    lengths = np.linalg.norm(jacobian, axis=0)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        return np.inf
+    singular = np.linalg.svd(jacobian / lengths, compute_uv=False)
+    return float(singular[0] / singular[-1]) if singular[-1] > 0 else np.inf
+
+
+def covariance_of(jacobian: Array, residuals: Array) -> Array:
+    """s^2 (J'J)^-1 with s^2 = SSE / (n - p), for J of shape (n, p); NaN where n = p.
+
+    Columns without influence, such as those of a term held at zero, get NaN and leave the others alone.
+    """
+    n_rows, n_parameters = jacobian.shape
+    covariance = np.full((n_parameters, n_parameters), np.nan)
+    lengths = np.linalg.norm(jacobian, axis=0)
+    used = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))
+    if n_rows > n_parameters and len(used):
+        _, singular, rotation = np.linalg.svd(jacobian[:, used] / lengths[used], full_matrices=False)
+        root = (rotation.T / singular) / lengths[used, None]
+        covariance[np.ix_(used, used)] = residuals @ residuals / (n_rows - n_parameters) * root @ root.T
+    return covariance

@@ -1,15 +1,25 @@
-r"""Scaling laws as data: a product of sums of powers, and which exponents are held equal.
+r"""Scaling laws as data: a base, times a term for the shape, and which exponents are held equal.
 
-A law predicts the loss, in nats per token, from the variables of a run: ``N`` parameters, ``D``
-tokens, ``R`` = d_model / n_layers. Each factor of the product is a constant plus powers of one
-variable, for example the two factors of the paper's law (section 2),
+A law predicts the loss, in nats per token, from the variables of a run:
 
-.. math:: L = (E + A N^{-\alpha} + B D^{-\beta}) (1 + \epsilon R^{\gamma}).
+======  =======================================================================
+``N``   parameters, counted as the run table says
+``D``   training tokens
+``d``   width (d_model)
+``L``   depth (n_layers)
+``R``   aspect ratio d / L
+``W``   width over the square root of the size, d / sqrt(N)
+``M``   parameters of the feed-forward layers over those of the attention
+======  =======================================================================
+
+A **base** is linear in a constant and in the coefficients of powers of one variable, for example
+Chinchilla's :math:`E + A N^{-\alpha} + B D^{-\beta}`. A **shape term** multiplies it. Given the
+exponents and the parameters of the shape term, a law is linear in the rest; the fitter uses that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -18,142 +28,349 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+Values = Mapping[str, Array]
 Exponents = Literal["tied", "gamma", "free"]
 EXPONENTS: tuple[Exponents, ...] = get_args(Exponents)
 
 
 @dataclass(frozen=True, slots=True)
 class Power:
-    """The summand ``coefficient * variable ** (sign * exponent)``."""
+    """The summand ``coefficient / variable ** exponent``; the exponent is a parameter or a fixed number."""
 
     coefficient: str
     variable: str
-    exponent: str
-    sign: Literal[-1, 1]
+    exponent: str | float
 
 
 @dataclass(frozen=True, slots=True)
-class Factor:
-    """A constant, either a named parameter or a number, plus powers."""
+class Base:
+    """The irreducible loss E plus falling powers, and the exponents that each mode holds equal to another.
 
-    constant: str | float
+    ``tied`` and ``gamma`` map an exponent to the one it equals; with free exponents none is held.
+    """
+
+    formula: str
+    source: str
     powers: tuple[Power, ...]
+    tied: Mapping[str, str]
 
     @property
-    def parameters(self) -> tuple[str, ...]:
-        constant = (self.constant,) if isinstance(self.constant, str) else ()
-        coefficients = tuple(power.coefficient for power in self.powers)
-        return coefficients + constant + tuple(power.exponent for power in self.powers)
+    def coefficients(self) -> tuple[str, ...]:
+        """The parameters that the base is linear in, the irreducible loss last."""
+        return (*(power.coefficient for power in self.powers), "E")
 
-    def value_and_derivatives(
-        self, parameters: Mapping[str, Array], variables: Mapping[str, Array]
-    ) -> tuple[Array, dict[str, Array]]:
-        """The sum and its derivative with respect to each of its parameters, one value per run."""
-        value: Array = np.asarray(parameters[self.constant] if isinstance(self.constant, str) else self.constant)
-        derivatives = {self.constant: np.ones(1)} if isinstance(self.constant, str) else {}
+    @property
+    def exponents(self) -> tuple[str, ...]:
+        return tuple(power.exponent for power in self.powers if isinstance(power.exponent, str))
+
+    def value(self, parameters: Values, variables: Values) -> Array:
+        value = parameters["E"]
+        for power in self.powers:
+            exponent = parameters[power.exponent] if isinstance(power.exponent, str) else power.exponent
+            # c / x^e and not c x^-e, and E first, as in the authors' code: with the same rounding, their
+            # numerically differentiated fits repeat to the last digit
+            value = value + parameters[power.coefficient] / variables[power.variable] ** exponent
+        return value
+
+    def columns(self, parameters: Values, variables: Values) -> tuple[list[Array], list[Array | None]]:
+        """What each coefficient is multiplied with, x^-e, and its derivative by the exponent, -ln(x) x^-e."""
+        columns: list[Array] = []
+        derivatives: list[Array | None] = []
         for power in self.powers:
             x = variables[power.variable]
-            coefficient, raised = parameters[power.coefficient], x ** parameters[power.exponent]
-            # c / x^e and not c x^-e, as in the authors' code: with the same rounding, their
-            # numerically differentiated fits repeat to the last digit
-            summand = coefficient * raised if power.sign > 0 else coefficient / raised
-            value = value + summand
-            # by the coefficient x^(s e), by the exponent s ln(x) c x^(s e)
-            derivatives[power.coefficient] = raised if power.sign > 0 else 1 / raised
-            derivatives[power.exponent] = power.sign * np.log(x) * summand
+            if isinstance(power.exponent, str):
+                columns.append(x ** -parameters[power.exponent])
+                derivatives.append(-np.log(x) * columns[-1])
+            else:
+                columns.append(x**-power.exponent)
+                derivatives.append(None)
+        return [*columns, np.ones(1)], [*derivatives, None]
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeTerm:
+    """A factor for the shape, one where the shape costs nothing.
+
+    ``evaluate`` returns it and its derivative by each parameter. ``to_raw`` turns parameters for
+    variables divided by units into those for raw variables; the factor itself stays the same.
+    """
+
+    formula: str
+    source: str
+    parameters: tuple[str, ...]
+    variables: tuple[str, ...]
+    evaluate: Callable[[Values, Values], tuple[Array, dict[str, Array]]]
+    to_raw: Callable[[Values, Mapping[str, float]], dict[str, Array]]
+
+
+def _power(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
+    """1 + epsilon R^gamma."""
+    ratio = variables["R"]
+    raised = ratio ** parameters["gamma"]
+    excess = parameters["epsilon"] * raised
+    return 1 + excess, {"epsilon": raised, "gamma": np.log(ratio) * excess}
+
+
+def _power_to_raw(parameters: Values, units: Mapping[str, float]) -> dict[str, Array]:
+    """epsilon (R / u)^gamma = (epsilon u^-gamma) R^gamma."""
+    return {**parameters, "epsilon": parameters["epsilon"] * units["R"] ** -parameters["gamma"]}
+
+
+def _log_quadratic(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
+    """1 + epsilon (ln R - ln R0 - drift ln N)^2; without drift where the term has no such parameter."""
+    drift = parameters.get("drift")
+    distance = np.log(variables["R"]) - parameters["log_R0"]
+    if drift is not None:
+        distance = distance - drift * np.log(variables["N"])
+    slope = -2 * parameters["epsilon"] * distance
+    derivatives = {"epsilon": distance**2, "log_R0": slope}
+    if drift is not None:
+        derivatives["drift"] = slope * np.log(variables["N"])
+    return 1 + parameters["epsilon"] * distance**2, derivatives
+
+
+def _two_sided(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
+    """1 + epsilon (R / R0 + R0 / R - 2), which is one at R0."""
+    ratio = variables["R"] * np.exp(-parameters["log_R0"])
+    cost = ratio + 1 / ratio - 2
+    return 1 + parameters["epsilon"] * cost, {
+        "epsilon": cost,
+        "log_R0": parameters["epsilon"] * (1 / ratio - ratio),
+    }
+
+
+def _location_to_raw(parameters: Values, units: Mapping[str, float]) -> dict[str, Array]:
+    """ln(R / u) - (ln R0 - ln u) = ln R - ln R0; the drift is by ln N, so it moves ln R0 by -drift ln u_N."""
+    shift = np.log(units["R"]) - parameters.get("drift", 0.0) * np.log(units.get("N", 1.0))
+    return {**parameters, "log_R0": parameters["log_R0"] + shift}
+
+
+def _u_shape(variable: str, epsilon: str, location: str) -> Callable[[Values, Values], tuple[Array, dict[str, Array]]]:
+    """1 + epsilon (ln(x / x0) + x0 / x - 1): one at its minimum x0, steep below it and slow above."""
+
+    def evaluate(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
+        distance = np.log(variables[variable]) - parameters[location]
+        cost = distance + np.exp(-distance) - 1
+        return 1 + parameters[epsilon] * cost, {
+            epsilon: cost,
+            location: parameters[epsilon] * (np.exp(-distance) - 1),
+        }
+
+    return evaluate
+
+
+def _conditional(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
+    """The U-shape in d / sqrt(N), times one in M where the term has parameters for it."""
+    value, derivatives = _u_shape("W", "epsilon", "log_W0")(parameters, variables)
+    if "log_M0" not in parameters:
         return value, derivatives
+    other, other_derivatives = _u_shape("M", "epsilon_M", "log_M0")(parameters, variables)
+    return value * other, {
+        **{name: derivative * other for name, derivative in derivatives.items()},
+        **{name: derivative * value for name, derivative in other_derivatives.items()},
+    }
+
+
+def _conditional_to_raw(parameters: Values, units: Mapping[str, float]) -> dict[str, Array]:
+    return {
+        **parameters,
+        **{f"log_{x}0": parameters[f"log_{x}0"] + np.log(units[x]) for x in ("W", "M") if f"log_{x}0" in parameters},
+    }
+
+
+_N, _D = Power("A", "N", "alpha"), Power("B", "D", "beta")
+
+BASES: dict[str, Base] = {
+    "chinchilla": Base(r"E + A N^{-\alpha} + B D^{-\beta}", "Hoffmann et al. 2022, section 3.3", (_N, _D), {"beta": "alpha"}),
+    # Gadre et al. write E + (a M^eta + b M^-eta) C^-eta with M = D / N and C = 6 N D, which is
+    # E + a 6^-eta N^(-2 eta) + b 6^-eta D^(-2 eta)
+    "over-training": Base(
+        r"E + a (C/M)^{-\eta} + b (C M)^{-\eta}, \quad C = 6 N D, \; M = D/N",
+        "Gadre et al. 2024, equation 4",
+        (Power("a", "C/M", "eta"), Power("b", "CM", "eta")),
+        {},
+    ),
+    "width-depth": Base(
+        r"E + A d^{-\alpha} + C L^{-\gamma} + B D^{-\beta}",
+        "exponents argued for in arXiv 2606.25008",
+        (Power("A", "d", "alpha"), Power("C", "L", "gamma"), _D),
+        {"gamma": "alpha"},
+    ),
+    "width-depth-fixed": Base(
+        r"E + A d^{-1} + C L^{-1} + B D^{-1/3}",
+        "arXiv 2606.25008",
+        (Power("A", "d", 1.0), Power("C", "L", 1.0), Power("B", "D", 1 / 3)),
+        {},
+    ),
+    "gemstones": Base(
+        r"E + A N^{-\alpha} + B D^{-\beta} + C d^{-\gamma} + F L^{-\delta}",
+        "McLeish et al. 2025",
+        (_N, _D, Power("C", "d", "gamma"), Power("F", "L", "delta")),
+        {"beta": "alpha", "delta": "gamma"},
+    ),
+}
+
+SHAPE_TERMS: dict[str, ShapeTerm] = {
+    "power": ShapeTerm(r"1 + \epsilon R^{\gamma}", "the paper, section 2", ("epsilon", "gamma"), ("R",), _power, _power_to_raw),
+    "log-quadratic": ShapeTerm(
+        r"1 + \epsilon (\ln R - \ln R_0)^2", "ours", ("epsilon", "log_R0"), ("R",), _log_quadratic, _location_to_raw
+    ),
+    "log-quadratic-drift": ShapeTerm(
+        r"1 + \epsilon (\ln R - \ln R_0 - \delta \ln N)^2",
+        "ours",
+        ("epsilon", "log_R0", "drift"),
+        ("R", "N"),
+        _log_quadratic,
+        _location_to_raw,
+    ),
+    "two-sided": ShapeTerm(
+        r"1 + \epsilon (R/R_0 + R_0/R - 2)", "ours", ("epsilon", "log_R0"), ("R",), _two_sided, _location_to_raw
+    ),
+    "conditional": ShapeTerm(
+        r"1 + \epsilon (\ln(W/W_0) + W_0/W - 1)",
+        "arXiv 2510.18245, with the scale of a_0 + a_1 ln W + a_2 / W taken into the base",
+        ("epsilon", "log_W0"),
+        ("W",),
+        _conditional,
+        _conditional_to_raw,
+    ),
+    "conditional-ratio": ShapeTerm(
+        r"(1 + \epsilon (\ln(W/W_0) + W_0/W - 1))(1 + \epsilon_M (\ln(M/M_0) + M_0/M - 1))",
+        "arXiv 2510.18245, with both scales taken into the base",
+        ("epsilon", "log_W0", "epsilon_M", "log_M0"),
+        ("W", "M"),
+        _conditional,
+        _conditional_to_raw,
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Law:
-    """A product of factors, some of whose exponents may be held equal (``ties``).
+    """A base times a shape term (or none), some of its exponents held equal (``ties``).
 
     ``ties`` maps an exponent to the one it equals; only the others are parameters of the law.
     """
 
     name: str
-    factors: tuple[Factor, ...]
+    base: Base
+    shape: ShapeTerm | None
     exponents: Exponents
     ties: Mapping[str, str]
-    formula: str
+
+    @property
+    def formula(self) -> str:
+        return (
+            self.base.formula if self.shape is None else rf"\left({self.base.formula}\right)\left({self.shape.formula}\right)"
+        )
+
+    @cached_property
+    def linear(self) -> tuple[str, ...]:
+        """The parameters that the law is linear in, given the others."""
+        return self.base.coefficients
+
+    @cached_property
+    def nonlinear(self) -> tuple[str, ...]:
+        """The exponents of the base that are free, then the free parameters of the shape term."""
+        names = self.base.exponents + (self.shape.parameters if self.shape else ())
+        return tuple(dict.fromkeys(name for name in names if name not in self.ties))
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names of the free parameters, in the order of every array of parameters."""
-        return tuple(name for factor in self.factors for name in factor.parameters if name not in self.ties)
+        return self.linear + self.nonlinear
 
-    @property
-    def powers(self) -> tuple[Power, ...]:
-        return tuple(power for factor in self.factors for power in factor.powers)
-
-    @property
+    @cached_property
     def variables(self) -> tuple[str, ...]:
-        """The variables of a run that the law reads, in the order of the formula."""
-        return tuple(dict.fromkeys(power.variable for power in self.powers))
+        """The variables of a run that the law reads."""
+        shape = self.shape.variables if self.shape else ()
+        return tuple(dict.fromkeys((*(power.variable for power in self.base.powers), *shape)))
 
     def free_name(self, parameter: str) -> str:
         """The free parameter that stands for ``parameter``: itself, unless it is tied."""
         return self.ties.get(parameter, parameter)
 
-    def predict(self, values: ArrayLike, variables: Mapping[str, Array]) -> Array:
+    def predict(self, values: ArrayLike, variables: Values) -> Array:
         """The loss in nats per token.
 
         ``values`` has shape (..., p), in the order of ``parameters``; each variable has shape (n,).
         Returns shape (..., n).
         """
-        loss: Array = np.ones(1)
-        for factor in self.factors:
-            loss = loss * factor.value_and_derivatives(self._by_name(values), variables)[0]
-        return loss
+        parameters = self.by_name(values, self.parameters)
+        base = self.base.value(parameters, variables)
+        return base if self.shape is None else base * self.shape.evaluate(parameters, variables)[0]
 
-    def jacobian(self, values: ArrayLike, variables: Mapping[str, Array]) -> Array:
+    def basis(self, nonlinear_values: ArrayLike, variables: Values) -> tuple[Array, Array]:
+        """The columns that the linear parameters multiply, and their derivatives by the nonlinear ones.
+
+        For ``nonlinear_values`` of shape (..., m): shapes (..., n, k) and (..., n, k, m), with k linear parameters.
+        """
+        parameters = self.by_name(nonlinear_values, self.nonlinear)
+        columns, by_exponent = self.base.columns(parameters, variables)
+        factor, by_parameter = self.shape.evaluate(parameters, variables) if self.shape else (np.ones(1), {})
+        n_rows = len(variables[self.variables[0]])
+        basis = np.empty((*np.shape(nonlinear_values)[:-1], n_rows, len(columns)))
+        derivatives = np.zeros((*basis.shape, len(self.nonlinear)))
+        position = {name: index for index, name in enumerate(self.nonlinear)}
+        for k, (column, derivative) in enumerate(zip(columns, by_exponent, strict=True)):
+            basis[..., k] = column * factor
+            if derivative is not None:
+                exponent = self.base.powers[k].exponent
+                derivatives[..., k, position[self.free_name(str(exponent))]] += derivative * factor
+            for name, by_shape in by_parameter.items():
+                derivatives[..., k, position[self.free_name(name)]] += column * by_shape
+        return basis, derivatives
+
+    def jacobian(self, values: ArrayLike, variables: Values) -> Array:
         """The derivative of the loss by each free parameter; shapes as in ``predict``, (..., n, p)."""
-        evaluated = [factor.value_and_derivatives(self._by_name(values), variables) for factor in self.factors]
-        columns: dict[str, Array] = {}
-        for position, (_, derivatives) in enumerate(evaluated):
-            others = [value for index, (value, _) in enumerate(evaluated) if index != position]
-            for name, derivative in derivatives.items():
-                # the product rule; a tied exponent adds its part to the parameter it equals
-                part = derivative * np.prod(np.broadcast_arrays(*others), axis=0) if others else derivative
-                columns[self.free_name(name)] = columns.get(self.free_name(name), 0.0) + part
-        return np.stack(np.broadcast_arrays(*(columns[name] for name in self.parameters)), axis=-1)
+        values = np.asarray(values, dtype=float)
+        linear, nonlinear = values[..., : len(self.linear)], values[..., len(self.linear) :]
+        basis, derivatives = self.basis(nonlinear, variables)
+        return np.concatenate([basis, np.einsum("...nkm,...k->...nm", derivatives, linear)], axis=-1)
 
-    def _by_name(self, values: ArrayLike) -> dict[str, Array]:
-        """Every parameter of the formula, tied ones included, shaped (..., 1) to broadcast over runs."""
+    def to_raw(self, values: ArrayLike, units: Mapping[str, float]) -> Array:
+        """Parameters for raw variables, from those for variables divided by ``units``; shape (..., p) both.
+
+        c (x / u)^-e = (c u^e) x^-e for the base; the shape term brings its own rule.
+        """
+        parameters = self.by_name(values, self.parameters)
+        raw = dict(parameters)
+        for power in self.base.powers:
+            exponent = parameters[power.exponent] if isinstance(power.exponent, str) else power.exponent
+            raw[power.coefficient] = parameters[power.coefficient] * np.float64(units[power.variable]) ** exponent
+        if self.shape:
+            raw |= {name: self.shape.to_raw(parameters, units)[name] for name in self.shape.parameters}
+        return np.concatenate([raw[name] for name in self.parameters], axis=-1)
+
+    def by_name(self, values: ArrayLike, names: tuple[str, ...]) -> dict[str, Array]:
+        """Values of shape (..., p) as a mapping, tied exponents included, each (..., 1) to broadcast over runs."""
         columns = np.moveaxis(np.asarray(values, dtype=float), -1, 0)[..., np.newaxis]
-        free = dict(zip(self.parameters, columns, strict=True))
+        free = dict(zip(names, columns, strict=True))
         return free | {tied: free[name] for tied, name in self.ties.items()}
 
 
-CHINCHILLA = Factor("E", (Power("A", "N", "alpha", -1), Power("B", "D", "beta", -1)))
-POWER_OF_ASPECT_RATIO = Factor(1.0, (Power("epsilon", "R", "gamma", 1),))
-
-_FACTORS: dict[str, tuple[Factor, ...]] = {
-    "chinchilla": (CHINCHILLA,),
-    "inference-aware": (CHINCHILLA, POWER_OF_ASPECT_RATIO),
-}
-_ALIASES = {"chinchilla+power": "inference-aware"}
-_FORMULAS = {
-    "chinchilla": r"L = E + A N^{-\alpha} + B D^{-\beta}",
-    "inference-aware": r"L = (E + A N^{-\alpha} + B D^{-\beta})(1 + \epsilon R^{\gamma})",
-}
-NAMES = tuple(_FACTORS) + tuple(_ALIASES)
+ALIASES = {"inference-aware": "chinchilla+power"}
+NAMES = (*BASES, *ALIASES)
 
 
 def get(name: str, exponents: Exponents = "tied") -> Law:
-    """The law ``chinchilla`` or ``inference-aware`` (also called ``chinchilla+power``).
+    """The law of that name: a base, ``BASE+SHAPE``, or ``inference-aware`` (the paper's, ``chinchilla+power``).
 
-    ``exponents``: ``tied`` holds alpha = beta = gamma, as the paper fits; ``gamma`` frees only
-    gamma, the authors' untied fit; ``free`` frees each. Sources: Hoffmann et al. 2022, section
-    3.3, and the paper, section 2. Raises ``ValueError`` for any other name.
+    ``exponents``: ``tied`` holds alpha = beta = gamma, as the paper fits (of a base of several shape
+    exponents, those of width and depth are held equal); ``gamma`` frees only gamma, the authors'
+    untied fit; ``free`` frees each. Raises ``ValueError`` for any other name.
     """
-    name = _ALIASES.get(name, name)
-    if name not in _FACTORS:
-        raise ValueError(f"{name!r} is not a law; choose one of {', '.join(NAMES)}")
+    base_name, _, shape_name = ALIASES.get(name, name).partition("+")
+    if base_name not in BASES or (shape_name and shape_name not in SHAPE_TERMS) or name.endswith("+"):
+        raise ValueError(
+            f"{name!r} is not a law; choose one of {', '.join(NAMES)}, or BASE+SHAPE with SHAPE one of {', '.join(SHAPE_TERMS)}"
+        )
     if exponents not in EXPONENTS:
         raise ValueError(f"{exponents!r} does not say which exponents are free; choose one of {', '.join(EXPONENTS)}")
-    factors = _FACTORS[name]
-    equal = {"tied": ("beta", "gamma"), "gamma": ("beta",), "free": ()}[exponents]
-    used = {power.exponent for factor in factors for power in factor.powers}
-    ties = {exponent: "alpha" for exponent in equal if exponent in used}
-    return Law(name, factors, exponents, ties, _FORMULAS[name])
+    base, shape = BASES[base_name], SHAPE_TERMS.get(shape_name)
+    freed = {"tied": (), "gamma": ("gamma",), "free": tuple(base.tied)}[exponents]
+    ties = {name: other for name, other in base.tied.items() if name not in freed}
+    if exponents == "tied" and shape_name == "power" and "alpha" in base.exponents and "gamma" not in base.exponents:
+        ties["gamma"] = "alpha"
+    shown = next((alias for alias, full in ALIASES.items() if full == f"{base_name}+{shape_name}"), name)
+    return Law(shown, base, shape, exponents, ties)

@@ -101,12 +101,27 @@ def load(source: str | Path, count: Convention | None = None) -> pd.DataFrame:
 
 
 def variables(table: pd.DataFrame) -> dict[str, Array]:
-    """What the laws read of a run: N parameters, D tokens, R = d_model / n_layers."""
-    return {
-        "N": table["n_params"].to_numpy(dtype=float),
-        "D": table["tokens"].to_numpy(dtype=float),
-        "R": (table["d_model"] / table["n_layers"]).to_numpy(dtype=float),
+    """The variables that laws read of runs (``morphlib.laws``), each of shape (n,).
+
+    ``M``, the parameters of the feed-forward layers over those of the attention, is there where the
+    table has ``d_ff``.
+    """
+    columns = {name: table[name].to_numpy(dtype=float) for name in ("n_params", "tokens", "d_model", "n_layers")}
+    n, d, width, depth = columns.values()
+    values = {
+        "N": n,
+        "D": d,
+        "R": width / depth,
+        "d": width,
+        "L": depth,
+        "W": width / np.sqrt(n),
+        "C/M": 6 * n**2,
+        "CM": 6 * d**2,
     }
+    if "d_ff" in table:
+        kv_share = table["n_kv_heads"] / table["n_heads"] if {"n_kv_heads", "n_heads"} <= set(table.columns) else 1.0
+        values["M"] = (3 * table["d_ff"] / (2 * width * (1 + kv_share))).to_numpy(dtype=float)
+    return values
 
 
 def fit_mask(table: pd.DataFrame, column: str | None) -> np.ndarray:

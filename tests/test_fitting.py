@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ def identify(row):
 
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=identify)
-@pytest.mark.parametrize("search", [fitting.fit_published, fitting.fit], ids=["published", "fresh"])
+@pytest.mark.parametrize("search", [fitting.fit_published, partial(fitting.fit, positive=False)], ids=["published", "fresh"])
 def test_the_authors_fits(paper, row, search):
     law = laws.get(row["law"], row["exponents"])
     fit = search(paper, law, row["fit_on"])
@@ -140,8 +141,12 @@ def test_a_fit_cannot_be_changed(paper):
 def test_statuses_say_what_happened(paper):
     tied, free = laws.get("chinchilla"), laws.get("chinchilla", "free")
     assert fitting.fit(paper, tied).status is Status.CONVERGED
-    assert fitting.fit(paper, tied, "fit_20N_only").status is Status.NEGATIVE
-    assert fitting.fit(paper, free, "fit_main").status is Status.DEGENERATE  # E runs away (its value is -400 or lower)
+    assert fitting.fit(paper, tied, "fit_20N_only", positive=False).status is Status.NEGATIVE
+    held = fitting.fit(paper, tied, "fit_20N_only")
+    assert held.status is Status.AT_BOUND and held.parameters["A"] == 0
+    # without the bound E runs away, to -400 and lower; with it, it is held at zero
+    assert fitting.fit(paper, free, "fit_main", positive=False).status is Status.DEGENERATE
+    assert fitting.fit(paper, free, "fit_main").parameters["E"] == 0
     exact = fitting.fit(paper.iloc[[0, 20, 40, 60]].reset_index(drop=True), tied)
     assert exact.status is Status.EXACT
     assert np.isnan(list(exact.standard_errors.values())).all()
@@ -166,7 +171,7 @@ def test_rows_that_cannot_determine_the_law_are_refused(paper):
         fitting.fit(paper, law, "tokens")
     with pytest.raises(InputError, match="n_starts"):
         fitting.fit(paper, law, n_starts=0)
-    with pytest.raises(InputError, match="no fit with free exponents"):
+    with pytest.raises(InputError, match="with free exponents"):
         fitting.fit_published(paper, laws.get("chinchilla", "free"))
 
 
