@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import combinations
 from types import MappingProxyType
@@ -124,7 +124,7 @@ def fit(
     law: Law,
     fit_on: str | None = None,
     *,
-    n_starts: int = 24,
+    n_starts: int = 12,
     seed: int = 0,
     positive: bool = True,
     weights: Array | None = None,
@@ -197,7 +197,7 @@ def solve(
     law: Law,
     weights: Array,
     *,
-    n_starts: int = 24,
+    n_starts: int = 12,
     seed: int = 0,
     positive: bool = True,
     near: Array | None = None,
@@ -207,88 +207,153 @@ def solve(
     ``weights`` has shape (P, n): ones for a fit, counts for a resample, zeros for rows left out.
     ``near``, nonlinear values in raw units of shape (m,), is one more start for every problem.
     """
-    n_problems = len(weights)
     every = runs.variables(rows)
     units = _units(law, every, rows)
     scaled = {name: every[name] / units[name] for name in law.variables}
     loss = rows["loss"].to_numpy()
+    problem = _Problem(law, scaled, loss, np.sqrt(weights), positive=False)
     starts = _starts(law, n_starts, np.random.default_rng(seed))
     if near is not None:
         back = {name: 1 / unit for name, unit in units.items()}
         there = law.to_raw(np.concatenate([np.ones(len(law.linear)), near]), back)[len(law.linear) :]
-        starts = np.vstack([starts, _to_search(law, there)])
-    problem = _Problem(law, scaled, loss, np.sqrt(weights), positive)
-    searched = _levenberg_marquardt(problem, np.tile(starts, (n_problems, 1)), np.repeat(np.arange(n_problems), len(starts)))
-    shape = (n_problems, len(starts))
-    sse = searched.sse.reshape(shape)
-    best = sse.argmin(axis=1)
-    picked = np.arange(n_problems) * len(starts) + best
-    least = sse[np.arange(n_problems), best]
-    linear, nonlinear = searched.linear[picked], _from_search(law, searched.nonlinear[picked])
-    floor = 1e-24 * (weights @ loss**2)  # noiseless rows: nothing but rounding is left of the sum of squares
+        starts = np.vstack([starts, problem.searched(there)])
+    found = _best_of_starts(problem, starts)
+    # where the free optimum has no negative coefficient, it is the optimum without them, too
+    if positive and len(negative := np.flatnonzero((found.linear < 0).any(axis=1))):
+        held = _best_of_starts(_Problem(law, scaled, loss, np.sqrt(weights[negative]), positive=True), starts)
+        found.replace(negative, held)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        values = law.to_raw(np.concatenate([linear, nonlinear], axis=1), units)
-    return Solutions(
-        values=values,
-        sse=least,
-        converged=searched.converged[picked],
-        share_of_starts_at_best=(sse <= least[:, None] * (1 + SAME_OPTIMUM) + floor[:, None]).mean(axis=1),
-    )
+        values = law.to_raw(np.concatenate([found.linear, problem.nonlinear(found.nonlinear)], axis=1), units)
+    return Solutions(values, found.sse, found.converged, found.share_at_best)
 
 
-@dataclass(frozen=True)
 class _Problem:
-    """Rows in units of order one, and what weighs them: the square root of the weights, shape (P, n)."""
+    """P weightings of the same rows, in units of order one; ``root_weights`` is the root of the weights, (P, n).
 
-    law: Law
-    variables: Mapping[str, Array]
-    loss: Array
-    root_weights: Array
-    positive: bool
+    Exponents of the base are positive and are searched as their logarithms; what is searched stays in a
+    box far beyond any data and short of overflow.
+    """
 
-    def evaluate(self, search_values: Array, problem: np.ndarray) -> tuple[Array, Array, Array, Array]:
-        """Linear parameters (B, k), sum of squares (B,), residuals (B, n), Kaufman's Jacobian (B, n, m)."""
-        basis, derivatives = self.law.basis(_from_search(self.law, search_values), self.variables)
-        root = self.root_weights[problem]
-        basis = basis * root[:, :, None]
+    def __init__(self, law: Law, variables: Mapping[str, Array], loss: Array, root_weights: Array, positive: bool) -> None:
+        self.law, self.variables, self.loss = law, variables, loss
+        self.root_weights, self.positive = root_weights, positive
+        self.is_exponent = np.array([name in law.base.exponents for name in law.nonlinear], dtype=bool)
+        self.low = np.where(self.is_exponent, np.log(EXPONENT_RANGE[0]), -50.0)
+        self.high = np.where(self.is_exponent, np.log(EXPONENT_RANGE[1]), 50.0)
+
+    def nonlinear(self, searched: Array) -> Array:
+        return np.where(self.is_exponent, np.exp(searched), searched)
+
+    def searched(self, nonlinear: Array) -> Array:
+        exponents = np.log(np.where(self.is_exponent, np.maximum(nonlinear, EXPONENT_RANGE[0]), 1.0))
+        return np.clip(np.where(self.is_exponent, exponents, nonlinear), self.low, self.high)
+
+    def evaluate(self, searched: Array, which: np.ndarray) -> tuple[Array, Array, Array, Array]:
+        """Linear parameters (B, k), sum of squares (B,), residuals (B, n), Kaufman's Jacobian (B, n, m).
+
+        ``searched`` has shape (B, m); ``which`` says which problem each row belongs to.
+        """
+        nonlinear = self.nonlinear(searched)
+        basis, slopes = self.law.basis(nonlinear, self.variables)
+        root = self.root_weights[which]
+        basis *= root[:, :, None]
         target = self.loss * root
-        derivatives = derivatives * (root[:, :, None] * _search_slope(self.law, search_values)[:, None, :])[:, :, None, :]
-        finite = np.isfinite(basis).all(axis=(1, 2)) & np.isfinite(derivatives).all(axis=(1, 2, 3))
-        basis[~finite], derivatives[~finite] = 0.0, 0.0
-        lengths = np.sqrt(np.einsum("bnk,bnk->bk", basis, basis))
-        lengths[lengths == 0] = 1.0
-        orthonormal, triangle = np.linalg.qr(basis / lengths[:, None, :])
-        projected = np.einsum("bnk,bn->bk", orthonormal, target)
-        linear = _back_substitute(triangle, projected) / lengths
-        residual = target - np.einsum("bnk,bk->bn", orthonormal, projected)
-        by_nonlinear = np.einsum("bnkm,bk->bnm", derivatives, linear)
-        inner = np.einsum("bnk,bnm->bkm", orthonormal, by_nonlinear)
-        jacobian = np.einsum("bnk,bkm->bnm", orthonormal, inner) - by_nonlinear
+        linear, orthonormal = _least_squares(basis, target)
+        if self.positive and len(negative := np.flatnonzero((linear < 0).any(axis=1))):
+            linear[negative], orthonormal[negative] = _nonnegative(basis[negative], target[negative])
+        residual = target - _apply(orthonormal, target)
+        # d/d(ln e) = e d/de for an exponent
+        slope = slopes(linear) * root[:, :, None] * np.where(self.is_exponent, nonlinear, 1.0)[:, None, :]
+        inner = np.einsum("bnk,bnm->bkm", orthonormal, slope)
+        jacobian = np.einsum("bnk,bkm->bnm", orthonormal, inner) - slope
         sse = np.einsum("bn,bn->b", residual, residual)
-        sse[~finite] = np.inf
-        if self.positive:
-            for b in np.flatnonzero((linear < 0).any(axis=1) & finite):
-                linear[b], residual[b], jacobian[b] = _nonnegative(basis[b], target[b], derivatives[b])
-                sse[b] = residual[b] @ residual[b]
-        return linear, sse, residual, jacobian
+        return linear, np.where(np.isfinite(sse), sse, np.inf), residual, jacobian
+
+
+def _apply(orthonormal: Array, target: Array) -> Array:
+    """Q Q'y for a stack of problems."""
+    return np.einsum("bnk,bk->bn", orthonormal, np.einsum("bnk,bn->bk", orthonormal, target))
+
+
+def _least_squares(basis: Array, target: Array) -> tuple[Array, Array]:
+    """Linear least squares for a stack of problems: the solutions (B, k) and an orthonormal basis (B, n, k).
+
+    A column that the others already span gets zero instead of infinity.
+    """
+    lengths = np.sqrt(np.einsum("bnk,bnk->bk", basis, basis))
+    lengths[lengths == 0] = 1.0
+    orthonormal, triangle = np.linalg.qr(basis / lengths[:, None, :])
+    right = np.einsum("bnk,bn->bk", orthonormal, target)
+    solution = np.zeros_like(right)
+    for i in range(right.shape[1] - 1, -1, -1):
+        known = np.einsum("bj,bj->b", triangle[:, i, i + 1 :], solution[:, i + 1 :])
+        pivot = triangle[:, i, i]
+        spanned = np.abs(pivot) < 1e-14
+        solution[:, i] = np.where(spanned, 0.0, (right[:, i] - known) / np.where(spanned, 1.0, pivot))
+    return solution / lengths, orthonormal
+
+
+def _nonnegative(basis: Array, target: Array) -> tuple[Array, Array]:
+    """The same with no linear parameter below zero: the best of all sets of columns whose solution has none.
+
+    There are at most five linear parameters, so all sets are tried. Columns left out are zero in the orthonormal basis.
+    """
+    linear, orthonormal = np.zeros((len(basis), basis.shape[2])), np.zeros_like(basis)
+    least = np.einsum("bn,bn->b", target, target)
+    for size in range(1, basis.shape[2]):
+        for kept in combinations(range(basis.shape[2]), size):
+            solution, spanning = _least_squares(basis[:, :, kept], target)
+            residual = target - _apply(spanning, target)
+            sse = np.einsum("bn,bn->b", residual, residual)
+            better = np.flatnonzero((solution >= 0).all(axis=1) & (sse < least))
+            least[better] = sse[better]
+            linear[better], orthonormal[better] = 0.0, 0.0
+            linear[np.ix_(better, kept)] = solution[better]
+            orthonormal[np.ix_(better, range(basis.shape[1]), kept)] = spanning[better]
+    return linear, orthonormal
 
 
 @dataclass
-class _Searched:
+class _Searches:
+    """Where B searches stand or ended; after picking the best start of each problem, one row per problem."""
+
     nonlinear: Array
     linear: Array
     sse: Array
     converged: np.ndarray
+    share_at_best: Array
+
+    def replace(self, rows: np.ndarray, others: _Searches) -> None:
+        for field in fields(self):
+            getattr(self, field.name)[rows] = getattr(others, field.name)
 
 
-def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> _Searched:
+def _best_of_starts(problem: _Problem, starts: Array) -> _Searches:
+    """Search every problem from every start and keep the best of each."""
+    n_problems, n_starts = len(problem.root_weights), len(starts)
+    searched = _levenberg_marquardt(problem, np.tile(starts, (n_problems, 1)), np.repeat(np.arange(n_problems), n_starts))
+    sse = searched.sse.reshape(n_problems, n_starts)
+    least = sse.min(axis=1)
+    picked = np.arange(n_problems) * n_starts + sse.argmin(axis=1)
+    # noiseless rows leave nothing but rounding of the sum of squares
+    floor = 1e-24 * (problem.root_weights**2 @ problem.loss**2)
+    return _Searches(
+        nonlinear=searched.nonlinear[picked],
+        linear=searched.linear[picked],
+        sse=least,
+        converged=searched.converged[picked],
+        share_at_best=(sse <= (least * (1 + SAME_OPTIMUM) + floor)[:, None]).mean(axis=1),
+    )
+
+
+def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> _Searches:
     """B searches at once, each from its row of ``start`` for the problem ``which`` names."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         linear, sse, residual, jacobian = problem.evaluate(start, which)
-    result = _Searched(start.copy(), linear, sse, np.zeros(len(start), dtype=bool))
-    target = (problem.root_weights[which] * problem.loss) ** 2
-    floor = 1e-28 * target.sum(axis=1)  # below it the residuals are rounding
-    damping = np.full(len(start), 1e-3)
+    result = _Searches(start.copy(), linear, sse, np.zeros(len(start), dtype=bool), np.zeros(len(start)))
+    floor = 1e-28 * (problem.root_weights**2 @ problem.loss**2)[which]  # below it the residuals are rounding
+    best_converged = np.full(len(problem.root_weights), np.inf)
+    damping, growth = np.full(len(start), 1e-3), np.full(len(start), 2.0)
     active = np.flatnonzero(np.isfinite(sse))
     residual, jacobian = residual[active], jacobian[active]
     identity = np.eye(start.shape[1])
@@ -302,86 +367,29 @@ def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> 
         # in units of the columns' lengths the matrix has ones on its diagonal, and the damping is added to them
         normal = square / scale[:, :, None] / scale[:, None, :] + damping[active, None, None] * identity
         step = -np.linalg.solve(normal, (gradient / scale)[:, :, None])[:, :, 0] / scale
-        promised = -np.einsum("bm,bm->b", gradient, step)
-        moved = _clip(problem.law, result.nonlinear[active] + np.clip(step, -2.0, 2.0))
+        # the decrease that the linear model promises, -2 g's - s'J'J s
+        promised = -np.einsum("bm,bm->b", gradient, step) + damping[active] * np.einsum("bm,bm->b", diagonal, step**2)
+        moved = np.clip(result.nonlinear[active] + np.clip(step, -2.0, 2.0), problem.low, problem.high)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             new_linear, new_sse, new_residual, new_jacobian = problem.evaluate(moved, which[active])
-        better = new_sse < result.sse[active]
+        before = result.sse[active]
+        better = new_sse < before
         accepted = active[better]
         result.nonlinear[accepted], result.linear[accepted] = moved[better], new_linear[better]
-        done = (promised <= TOLERANCE * result.sse[active]) | (result.sse[active] <= floor[active])
         result.sse[accepted] = new_sse[better]
         residual[better], jacobian[better] = new_residual[better], new_jacobian[better]
-        damping[active] = np.where(better, damping[active] * 0.1, damping[active] * 10.0)
-        stuck = damping[active] > 1e12
+        # Nielsen's rule: the better the linear model foretold the decrease, the more it is trusted
+        gain = np.where(better, (before - new_sse) / np.maximum(promised, 1e-300), 0.0)
+        damping[active] *= np.where(better, np.maximum(1 / 5, 1 - (2 * gain - 1) ** 3), growth[active])
+        growth[active] = np.where(better, 2.0, 2 * growth[active])
+        done = (promised <= TOLERANCE * before) | (before <= floor[active])
         result.converged[active[done]] = True
-        keep = ~(done | stuck)
+        np.minimum.at(best_converged, which[active[done]], result.sse[active[done]])
+        # one that promises a hundredth of what parts it from an optimum already found will not get there
+        hopeless = before - 100 * promised > best_converged[which[active]] * (1 + SAME_OPTIMUM)
+        keep = ~(done | hopeless | (damping[active] > 1e12))
         active, residual, jacobian = active[keep], residual[keep], jacobian[keep]
     return result
-
-
-def _nonnegative(basis: Array, target: Array, derivatives: Array) -> tuple[Array, Array, Array]:
-    """Least squares with no linear parameter below zero: the best of all sets of columns whose solution has none."""
-    n_columns = basis.shape[1]
-    best = (np.zeros(n_columns), target, np.zeros((len(target), derivatives.shape[2])))
-    least = target @ target
-    for size in range(n_columns - 1, 0, -1):
-        for kept in combinations(range(n_columns), size):
-            columns = list(kept)
-            orthonormal, triangle = np.linalg.qr(basis[:, columns])
-            if np.abs(np.diag(triangle)).min() == 0:
-                continue
-            projected = orthonormal.T @ target
-            solution = np.linalg.solve(triangle, projected)
-            residual = target - orthonormal @ projected
-            if (solution >= 0).all() and residual @ residual < least:
-                least = residual @ residual
-                linear = np.zeros(n_columns)
-                linear[columns] = solution
-                by_nonlinear = np.einsum("nkm,k->nm", derivatives, linear)
-                best = (linear, residual, orthonormal @ (orthonormal.T @ by_nonlinear) - by_nonlinear)
-    return best
-
-
-def _back_substitute(triangle: Array, right: Array) -> Array:
-    """Solve T x = b for a stack of small upper triangles; a zero on a diagonal gives zero instead of infinity."""
-    solution = np.zeros_like(right)
-    for i in range(right.shape[1] - 1, -1, -1):
-        known = np.einsum("bj,bj->b", triangle[:, i, i + 1 :], solution[:, i + 1 :])
-        pivot = triangle[:, i, i]
-        solution[:, i] = np.where(np.abs(pivot) > 1e-14, (right[:, i] - known) / np.where(pivot == 0, 1, pivot), 0.0)
-    return solution
-
-
-def _exponent_mask(law: Law) -> np.ndarray:
-    """Which nonlinear parameters are exponents of the base: positive, and searched as their logarithms."""
-    return np.array([name in law.base.exponents for name in law.nonlinear], dtype=bool)
-
-
-def _to_search(law: Law, nonlinear: Array) -> Array:
-    values = np.array(nonlinear, dtype=float)
-    mask = _exponent_mask(law)
-    values[..., mask] = np.log(np.clip(values[..., mask], *EXPONENT_RANGE))
-    return values
-
-
-def _from_search(law: Law, values: Array) -> Array:
-    nonlinear = values.copy()
-    mask = _exponent_mask(law)
-    nonlinear[..., mask] = np.exp(values[..., mask])
-    return nonlinear
-
-
-def _search_slope(law: Law, values: Array) -> Array:
-    """The derivative of the nonlinear parameters by those searched: the exponent itself for an exponent, else one."""
-    return np.where(_exponent_mask(law), np.exp(values), 1.0)
-
-
-def _clip(law: Law, values: Array) -> Array:
-    """Keep exponents in their range and the rest within +-50: far beyond any data, and short of overflow."""
-    low, high = np.log(EXPONENT_RANGE)
-    mask = _exponent_mask(law)
-    return np.clip(values, np.where(mask, low, -50.0), np.where(mask, high, 50.0))
 
 
 def _starts(law: Law, n_starts: int, rng: np.random.Generator) -> Array:

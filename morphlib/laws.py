@@ -300,33 +300,41 @@ class Law:
         base = self.base.value(parameters, variables)
         return base if self.shape is None else base * self.shape.evaluate(parameters, variables)[0]
 
-    def basis(self, nonlinear_values: ArrayLike, variables: Values) -> tuple[Array, Array]:
-        """The columns that the linear parameters multiply, and their derivatives by the nonlinear ones.
+    def basis(self, nonlinear_values: ArrayLike, variables: Values) -> tuple[Array, Callable[[Array], Array]]:
+        """The columns that the linear parameters multiply, and the slopes of the loss by the nonlinear ones.
 
-        For ``nonlinear_values`` of shape (..., m): shapes (..., n, k) and (..., n, k, m), with k linear parameters.
+        For ``nonlinear_values`` of shape (..., m) the columns have shape (..., n, k), with k linear
+        parameters. The slopes are a function of the linear parameters, (..., k) -> (..., n, m).
         """
         parameters = self.by_name(nonlinear_values, self.nonlinear)
         columns, by_exponent = self.base.columns(parameters, variables)
         factor, by_parameter = self.shape.evaluate(parameters, variables) if self.shape else (np.ones(1), {})
-        n_rows = len(variables[self.variables[0]])
-        basis = np.empty((*np.shape(nonlinear_values)[:-1], n_rows, len(columns)))
-        derivatives = np.zeros((*basis.shape, len(self.nonlinear)))
-        position = {name: index for index, name in enumerate(self.nonlinear)}
-        for k, (column, derivative) in enumerate(zip(columns, by_exponent, strict=True)):
+        batch = (*np.shape(nonlinear_values)[:-1], len(variables[self.variables[0]]))
+        basis = np.empty((*batch, len(columns)))
+        for k, column in enumerate(columns):
             basis[..., k] = column * factor
-            if derivative is not None:
-                exponent = self.base.powers[k].exponent
-                derivatives[..., k, position[self.free_name(str(exponent))]] += derivative * factor
-            for name, by_shape in by_parameter.items():
-                derivatives[..., k, position[self.free_name(name)]] += column * by_shape
-        return basis, derivatives
+
+        def slopes(linear: Array) -> Array:
+            result = np.zeros((*batch, len(self.nonlinear)))
+            position = {name: index for index, name in enumerate(self.nonlinear)}
+            for k, derivative in enumerate(by_exponent):
+                if derivative is not None:
+                    name = self.free_name(str(self.base.powers[k].exponent))
+                    result[..., position[name]] += linear[..., k, None] * derivative * factor
+            if by_parameter:
+                base = sum(linear[..., k, None] * column for k, column in enumerate(columns))
+                for name, derivative in by_parameter.items():
+                    result[..., position[self.free_name(name)]] += base * derivative
+            return result
+
+        return basis, slopes
 
     def jacobian(self, values: ArrayLike, variables: Values) -> Array:
         """The derivative of the loss by each free parameter; shapes as in ``predict``, (..., n, p)."""
         values = np.asarray(values, dtype=float)
         linear, nonlinear = values[..., : len(self.linear)], values[..., len(self.linear) :]
-        basis, derivatives = self.basis(nonlinear, variables)
-        return np.concatenate([basis, np.einsum("...nkm,...k->...nm", derivatives, linear)], axis=-1)
+        basis, slopes = self.basis(nonlinear, variables)
+        return np.concatenate([basis, slopes(linear)], axis=-1)
 
     def to_raw(self, values: ArrayLike, units: Mapping[str, float]) -> Array:
         """Parameters for raw variables, from those for variables divided by ``units``; shape (..., p) both.
