@@ -302,14 +302,15 @@ def _nonnegative(basis: Array, target: Array) -> tuple[Array, Array]:
     least = np.einsum("bn,bn->b", target, target)
     for size in range(1, basis.shape[2]):
         for kept in combinations(range(basis.shape[2]), size):
-            solution, spanning = _least_squares(basis[:, :, kept], target)
+            columns = np.array(kept)
+            solution, spanning = _least_squares(basis[:, :, columns], target)
             residual = target - _apply(spanning, target)
             sse = np.einsum("bn,bn->b", residual, residual)
             better = np.flatnonzero((solution >= 0).all(axis=1) & (sse < least))
             least[better] = sse[better]
             linear[better], orthonormal[better] = 0.0, 0.0
-            linear[np.ix_(better, kept)] = solution[better]
-            orthonormal[np.ix_(better, range(basis.shape[1]), kept)] = spanning[better]
+            linear[np.ix_(better, columns)] = solution[better]
+            orthonormal[np.ix_(better, np.arange(basis.shape[1]), columns)] = spanning[better]
     return linear, orthonormal
 
 

@@ -6,7 +6,7 @@ A table is a CSV file. It must have the columns ``name``, ``n_params``, ``d_mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -70,18 +70,36 @@ SCHEMA = pa.DataFrameSchema(
 )
 
 
-def load(source: str | Path, count: Convention | None = None) -> pd.DataFrame:
+def load(
+    source: str | Path,
+    count: Convention | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    measured: bool = True,
+    average_logs: bool = False,
+) -> pd.DataFrame:
     """A validated run table: ``paper`` for the paper's 76 runs, or the path of a CSV file.
 
     ``count`` names the convention of a table without the column ``n_count`` and converts one that
-    has it. The result always has the columns ``n_count`` and ``family`` (filled in by
-    ``size_families`` where the file has none). Raises ``InputError`` naming the file, the row
-    (line of the file, the header being line 1) and the column.
+    has it. ``columns`` maps a column named here to its name in the file. ``measured=False`` reads
+    runs that are planned: ``loss`` may be missing. ``average_logs`` takes each loss from the log
+    that the column ``log`` names, averaged as the paper averages (``loss_from_log``).
+
+    The result always has the columns ``n_count`` and ``family`` (filled in by ``size_families``
+    where the file has none). Raises ``InputError`` naming the file, the row (line of the file, the
+    header being line 1) and the column.
     """
     if count is not None and count not in CONVENTIONS:
         raise InputError(f"{count!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
     where = str(source)
-    table = _validate(_read(source), where)
+    table = _read(source)
+    for name, given in (columns or {}).items():
+        if given not in table:
+            raise InputError(f"{where}: column {given}, mapped to {name}, is missing; it has {', '.join(table.columns)}")
+    table = table.rename(columns={given: name for name, given in (columns or {}).items()})
+    if average_logs:
+        table["loss"] = _losses_from_logs(table, where)
+    table = _validate(table, where, SCHEMA if measured or "loss" in table else SCHEMA.remove_columns(["loss"]))
     if "n_count" not in table:
         if count is None:
             raise InputError(
@@ -160,13 +178,40 @@ def _read(source: str | Path) -> pd.DataFrame:
     return table
 
 
-def _validate(table: pd.DataFrame, where: str) -> pd.DataFrame:
+def _losses_from_logs(table: pd.DataFrame, where: str) -> list[float]:
+    if missing := [name for name in ("log", "tokens") if name not in table]:
+        raise InputError(f"{where}: column {', '.join(missing)} is missing; averaging logs needs it")
+    tokens = pd.to_numeric(table["tokens"], errors="coerce").fillna(0.0)
+    folder = Path(where).parent
+    return [loss_from_log(folder / str(log), mark) for log, mark in zip(table["log"], tokens, strict=True)]
+
+
+def loss_from_log(log: Path, tokens: float) -> float:
+    """The paper's loss of a run at ``tokens``, from a CSV file with the columns ``tokens`` and ``loss`` per step.
+
+    Each new step weighs 0.9 in a moving average that starts at the first loss; the result is the mean of that
+    average over all steps up to ``tokens``, rounded to four decimals (``EMA_epoch_loss.py`` of the authors' code).
+    """
+    steps = _read(log)
+    if missing := [name for name in ("tokens", "loss") if name not in steps]:
+        raise InputError(f"{log}: column {', '.join(missing)} is missing; a log has tokens and loss, one row per step")
+    values = steps[["tokens", "loss"]].apply(pd.to_numeric, errors="coerce")
+    if not np.isfinite(values.to_numpy()).all():
+        row = int((~np.isfinite(values.to_numpy()).all(axis=1)).argmax())
+        raise InputError(f"{log}: row {row + 2} is not two numbers; mend or remove the row")
+    smoothed = values["loss"].ewm(alpha=0.9, adjust=False).mean()[values["tokens"] <= tokens]
+    if smoothed.empty:
+        raise InputError(f"{log}: has no step up to {tokens:.4g} tokens; give the whole log of the run")
+    return round(float(smoothed.mean()), 4)
+
+
+def _validate(table: pd.DataFrame, where: str, schema: pa.DataFrameSchema) -> pd.DataFrame:
     """The table with its columns checked and cast; the fault highest up in the file is reported."""
-    required = [name for name, column in SCHEMA.columns.items() if column.required]
+    required = [name for name, column in schema.columns.items() if column.required]
     if missing := [name for name in required if name not in table]:
         raise InputError(f"{where}: column {', '.join(missing)} is missing; a run table has {', '.join(required)}")
     try:
-        valid = SCHEMA.validate(table, lazy=True)
+        valid = schema.validate(table, lazy=True)
     except pa.errors.SchemaErrors as errors:
         faults = errors.failure_cases.dropna(subset="index").sort_values("index", kind="stable")
         # where a column could not be cast, its checks ran on text and say nothing

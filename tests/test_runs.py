@@ -99,6 +99,40 @@ def test_a_conversion_needs_the_shape(paper, tmp_path):
         runs.load(path, "non_embedding")
 
 
+def test_columns_by_other_names(paper, tmp_path):
+    path = written(paper.rename(columns={"n_params": "N", "tokens": "D"}), tmp_path / "runs.csv")
+    table = runs.load(path, columns={"n_params": "N", "tokens": "D"})
+    assert np.array_equal(table["n_params"], paper["n_params"])
+    with pytest.raises(InputError, match="column size, mapped to n_params, is missing"):
+        runs.load(path, columns={"n_params": "size"})
+
+
+def test_planned_runs_need_no_loss(paper, tmp_path):
+    path = written(paper.drop(columns="loss"), tmp_path / "runs.csv")
+    assert "loss" not in runs.load(path, measured=False)
+    with pytest.raises(InputError, match="column loss is missing"):
+        runs.load(path)
+
+
+def test_losses_averaged_from_logs_as_the_paper_does(paper, tmp_path):
+    """Written out step by step: a moving average with weight 0.9 on the new value, then its mean from the start."""
+    rng = np.random.default_rng(0)
+    losses = 3 + 7 * np.exp(-np.arange(50) / 10) + rng.normal(0, 0.1, 50)
+    pd.DataFrame({"tokens": np.arange(1, 51) * 1e6, "loss": losses}).to_csv(tmp_path / "one.csv", index=False)
+    smoothed, total = losses[0], losses[0]
+    for loss in losses[1:20]:
+        smoothed = 0.9 * loss + 0.1 * smoothed
+        total += smoothed
+    table = paper[REQUIRED].head(1).assign(tokens=20e6, log="one.csv", n_count="total").drop(columns="loss")
+    path = written(table, tmp_path / "runs.csv")
+    assert runs.load(path, average_logs=True)["loss"].item() == round(total / 20, 4)
+    for log, message in (("two.csv", "cannot be read"), ("runs.csv", "column loss is missing")):
+        with pytest.raises(InputError, match=message):
+            runs.load(written(table.assign(log=log), tmp_path / "runs.csv"), average_logs=True)
+    with pytest.raises(InputError, match="has no step up to"):
+        runs.load(written(table.assign(tokens=5.0), tmp_path / "runs.csv"), average_logs=True)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_any_file_is_a_table_or_a_clear_error(tmp_path, content):
