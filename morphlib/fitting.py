@@ -249,69 +249,87 @@ class _Problem:
         return np.clip(np.where(self.is_exponent, exponents, nonlinear), self.low, self.high)
 
     def evaluate(self, searched: Array, which: np.ndarray) -> tuple[Array, Array, Array, Array]:
-        """Linear parameters (B, k), sum of squares (B,), residuals (B, n), Kaufman's Jacobian (B, n, m).
+        """Linear parameters (B, k), sum of squares (B,), residuals (B, n), Kaufman's Jacobian (m, B, n).
 
         ``searched`` has shape (B, m); ``which`` says which problem each row belongs to.
         """
         nonlinear = self.nonlinear(searched)
-        basis, slopes = self.law.basis(nonlinear, self.variables)
+        columns, slopes = self.law.basis(nonlinear, self.variables)
         root = self.root_weights[which]
-        basis *= root[:, :, None]
+        weighted = [column * root for column in columns]
         target = self.loss * root
-        linear, orthonormal = _least_squares(basis, target)
+        linear, orthonormal, residual = _least_squares(weighted, target)
         if self.positive and len(negative := np.flatnonzero((linear < 0).any(axis=1))):
-            linear[negative], orthonormal[negative] = _nonnegative(basis[negative], target[negative])
-        residual = target - _apply(orthonormal, target)
-        # d/d(ln e) = e d/de for an exponent
-        slope = slopes(linear) * root[:, :, None] * np.where(self.is_exponent, nonlinear, 1.0)[:, None, :]
-        inner = np.einsum("bnk,bnm->bkm", orthonormal, slope)
-        jacobian = np.einsum("bnk,bkm->bnm", orthonormal, inner) - slope
+            columns_there = [column[negative] for column in weighted]
+            linear[negative], held, residual[negative] = _nonnegative(columns_there, target[negative])
+            for whole, part in zip(orthonormal, held, strict=True):
+                whole[negative] = part
+        jacobian = np.empty((searched.shape[1], *target.shape))
+        for index, slope in enumerate(slopes(linear)):
+            # d/d(ln e) = e d/de for an exponent
+            unit = nonlinear[:, index, None] if self.is_exponent[index] else 1.0
+            jacobian[index] = -_left_over(orthonormal, slope * root * unit)
         sse = np.einsum("bn,bn->b", residual, residual)
         return linear, np.where(np.isfinite(sse), sse, np.inf), residual, jacobian
 
 
-def _apply(orthonormal: Array, target: Array) -> Array:
-    """Q Q'y for a stack of problems."""
-    return np.einsum("bnk,bk->bn", orthonormal, np.einsum("bnk,bn->bk", orthonormal, target))
+def _left_over(orthonormal: list[Array], target: Array) -> Array:
+    """(I - Q Q') y for a stack of problems, Q given by its columns."""
+    left = target
+    for column in orthonormal:
+        left = left - np.einsum("bn,bn->b", column, left)[:, None] * column
+    return left
 
 
-def _least_squares(basis: Array, target: Array) -> tuple[Array, Array]:
-    """Linear least squares for a stack of problems: the solutions (B, k) and an orthonormal basis (B, n, k).
+def _least_squares(columns: list[Array], target: Array) -> tuple[Array, list[Array], Array]:
+    """Linear least squares for a stack of problems: solutions (B, k), an orthonormal basis, residuals (B, n).
 
-    A column that the others already span gets zero instead of infinity.
+    Modified Gram-Schmidt with the target carried along, which is backward stable (Bjorck 1967); one
+    column at a time over all problems is several times faster than a QR for each. A column that the
+    others already span is left out and gets zero instead of infinity.
     """
-    lengths = np.sqrt(np.einsum("bnk,bnk->bk", basis, basis))
-    lengths[lengths == 0] = 1.0
-    orthonormal, triangle = np.linalg.qr(basis / lengths[:, None, :])
-    right = np.einsum("bnk,bn->bk", orthonormal, target)
-    solution = np.zeros_like(right)
-    for i in range(right.shape[1] - 1, -1, -1):
-        known = np.einsum("bj,bj->b", triangle[:, i, i + 1 :], solution[:, i + 1 :])
-        pivot = triangle[:, i, i]
-        spanned = np.abs(pivot) < 1e-14
-        solution[:, i] = np.where(spanned, 0.0, (right[:, i] - known) / np.where(spanned, 1.0, pivot))
-    return solution / lengths, orthonormal
+    n_columns = len(columns)
+    orthonormal: list[Array] = []
+    triangle = np.zeros((n_columns, n_columns, len(target)))
+    right = np.empty((n_columns, len(target)))
+    residual = target
+    for k, column in enumerate(columns):
+        rest = column
+        for i, done in enumerate(orthonormal):
+            triangle[i, k] = np.einsum("bn,bn->b", done, rest)
+            rest = rest - triangle[i, k][:, None] * done
+        square = np.einsum("bn,bn->b", rest, rest)
+        spanned = square <= 1e-28 * (square + (triangle[:k, k] ** 2).sum(axis=0))
+        triangle[k, k] = np.where(spanned, np.inf, np.sqrt(square))
+        orthonormal.append(rest / triangle[k, k][:, None])
+        right[k] = np.einsum("bn,bn->b", orthonormal[k], residual)
+        residual = residual - right[k][:, None] * orthonormal[k]
+    solution = np.empty((len(target), n_columns))
+    for k in range(n_columns - 1, -1, -1):
+        known = sum((triangle[k, i] * solution[:, i] for i in range(k + 1, n_columns)), np.zeros(len(target)))
+        solution[:, k] = (right[k] - known) / triangle[k, k]
+    return solution, orthonormal, residual
 
 
-def _nonnegative(basis: Array, target: Array) -> tuple[Array, Array]:
+def _nonnegative(columns: list[Array], target: Array) -> tuple[Array, list[Array], Array]:
     """The same with no linear parameter below zero: the best of all sets of columns whose solution has none.
 
-    There are at most five linear parameters, so all sets are tried. Columns left out are zero in the orthonormal basis.
+    There are at most five linear parameters, so all sets are tried. Columns left out are zero in the basis.
     """
-    linear, orthonormal = np.zeros((len(basis), basis.shape[2])), np.zeros_like(basis)
-    least = np.einsum("bn,bn->b", target, target)
-    for size in range(1, basis.shape[2]):
-        for kept in combinations(range(basis.shape[2]), size):
-            columns = np.array(kept)
-            solution, spanning = _least_squares(basis[:, :, columns], target)
-            residual = target - _apply(spanning, target)
+    n_columns = len(columns)
+    linear, orthonormal = np.zeros((len(target), n_columns)), [np.zeros_like(target) for _ in columns]
+    left, least = target.copy(), np.einsum("bn,bn->b", target, target)
+    for size in range(1, n_columns):
+        for kept in combinations(range(n_columns), size):
+            solution, spanning, residual = _least_squares([columns[k] for k in kept], target)
             sse = np.einsum("bn,bn->b", residual, residual)
-            better = np.flatnonzero((solution >= 0).all(axis=1) & (sse < least))
-            least[better] = sse[better]
-            linear[better], orthonormal[better] = 0.0, 0.0
-            linear[np.ix_(better, columns)] = solution[better]
-            orthonormal[np.ix_(better, np.arange(basis.shape[1]), columns)] = spanning[better]
-    return linear, orthonormal
+            better = (solution >= 0).all(axis=1) & (sse < least)
+            least[better], left[better] = sse[better], residual[better]
+            for k in range(n_columns):
+                position = kept.index(k) if k in kept else None
+                linear[better, k] = 0.0 if position is None else solution[better, position]
+                orthonormal[k][better] = 0.0 if position is None else spanning[position][better]
+    return linear, orthonormal, left
 
 
 @dataclass
@@ -356,13 +374,13 @@ def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> 
     best_converged = np.full(len(problem.root_weights), np.inf)
     damping, growth = np.full(len(start), 1e-3), np.full(len(start), 2.0)
     active = np.flatnonzero(np.isfinite(sse))
-    residual, jacobian = residual[active], jacobian[active]
+    residual, jacobian = residual[active], jacobian[:, active]
     identity = np.eye(start.shape[1])
     for _ in range(MAX_ITERATIONS):
         if not len(active):
             break
-        gradient = np.einsum("bnm,bn->bm", jacobian, residual)
-        square = np.einsum("bnm,bnl->bml", jacobian, jacobian)
+        gradient = np.einsum("mbn,bn->bm", jacobian, residual)
+        square = np.einsum("mbn,lbn->bml", jacobian, jacobian)
         diagonal = np.einsum("bmm->bm", square) + 1e-30
         scale = np.sqrt(diagonal)
         # in units of the columns' lengths the matrix has ones on its diagonal, and the damping is added to them
@@ -378,7 +396,7 @@ def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> 
         accepted = active[better]
         result.nonlinear[accepted], result.linear[accepted] = moved[better], new_linear[better]
         result.sse[accepted] = new_sse[better]
-        residual[better], jacobian[better] = new_residual[better], new_jacobian[better]
+        residual[better], jacobian[:, better] = new_residual[better], new_jacobian[:, better]
         # Nielsen's rule: the better the linear model foretold the decrease, the more it is trusted
         gain = np.where(better, (before - new_sse) / np.maximum(promised, 1e-300), 0.0)
         damping[active] *= np.where(better, np.maximum(1 / 5, 1 - (2 * gain - 1) ** 3), growth[active])
@@ -389,7 +407,8 @@ def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> 
         # one that promises a hundredth of what parts it from an optimum already found will not get there
         hopeless = before - 100 * promised > best_converged[which[active]] * (1 + SAME_OPTIMUM)
         keep = ~(done | hopeless | (damping[active] > 1e12))
-        active, residual, jacobian = active[keep], residual[keep], jacobian[keep]
+        if not keep.all():
+            active, residual, jacobian = active[keep], residual[keep], jacobian[:, keep]
     return result
 
 

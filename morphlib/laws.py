@@ -300,32 +300,30 @@ class Law:
         base = self.base.value(parameters, variables)
         return base if self.shape is None else base * self.shape.evaluate(parameters, variables)[0]
 
-    def basis(self, nonlinear_values: ArrayLike, variables: Values) -> tuple[Array, Callable[[Array], Array]]:
+    def basis(self, nonlinear_values: ArrayLike, variables: Values) -> tuple[list[Array], Callable[[Array], list[Array]]]:
         """The columns that the linear parameters multiply, and the slopes of the loss by the nonlinear ones.
 
-        For ``nonlinear_values`` of shape (..., m) the columns have shape (..., n, k), with k linear
-        parameters. The slopes are a function of the linear parameters, (..., k) -> (..., n, m).
+        For ``nonlinear_values`` of shape (..., m): one column of shape (..., n) for each of the k linear
+        parameters. The slopes are a function of the linear parameters, (..., k), with one array of shape
+        (..., n) for each nonlinear parameter.
         """
         parameters = self.by_name(nonlinear_values, self.nonlinear)
         columns, by_exponent = self.base.columns(parameters, variables)
         factor, by_parameter = self.shape.evaluate(parameters, variables) if self.shape else (np.ones(1), {})
-        batch = (*np.shape(nonlinear_values)[:-1], len(variables[self.variables[0]]))
-        basis = np.empty((*batch, len(columns)))
-        for k, column in enumerate(columns):
-            basis[..., k] = column * factor
+        shape = (*np.shape(nonlinear_values)[:-1], len(variables[self.variables[0]]))
+        basis = [np.broadcast_to(column * factor, shape) for column in columns]
 
-        def slopes(linear: Array) -> Array:
-            result = np.zeros((*batch, len(self.nonlinear)))
-            position = {name: index for index, name in enumerate(self.nonlinear)}
+        def slopes(linear: Array) -> list[Array]:
+            result: dict[str, Array] = {}
             for k, derivative in enumerate(by_exponent):
                 if derivative is not None:
                     name = self.free_name(str(self.base.powers[k].exponent))
-                    result[..., position[name]] += linear[..., k, None] * derivative * factor
-            if by_parameter:
-                base = sum(linear[..., k, None] * column for k, column in enumerate(columns))
-                for name, derivative in by_parameter.items():
-                    result[..., position[self.free_name(name)]] += base * derivative
-            return result
+                    result[name] = result.get(name, 0.0) + linear[..., k, None] * derivative * factor
+            base = sum(linear[..., k, None] * column for k, column in enumerate(columns)) if by_parameter else 0.0
+            for parameter, derivative in by_parameter.items():
+                name = self.free_name(parameter)
+                result[name] = result.get(name, 0.0) + base * derivative
+            return [np.broadcast_to(result[name], shape) for name in self.nonlinear]
 
         return basis, slopes
 
@@ -334,7 +332,7 @@ class Law:
         values = np.asarray(values, dtype=float)
         linear, nonlinear = values[..., : len(self.linear)], values[..., len(self.linear) :]
         basis, slopes = self.basis(nonlinear, variables)
-        return np.concatenate([basis, slopes(linear)], axis=-1)
+        return np.stack([*basis, *slopes(linear)], axis=-1)
 
     def to_raw(self, values: ArrayLike, units: Mapping[str, float]) -> Array:
         """Parameters for raw variables, from those for variables divided by ``units``; shape (..., p) both.
