@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from morphlib import __version__, laws
 from morphlib.errors import InputError
-from morphlib.shapes import CONVENTIONS
+from morphlib.shapes import CONVENTIONS, Convention
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,69 +34,217 @@ def _law(name: str) -> str:
     return name
 
 
+def _mapping(text: str) -> dict[str, str]:
+    pairs = [pair.split("=") for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping; write n_params=N,tokens=D")
+    return {pair[0]: pair[1] for pair in pairs}
+
+
+def _number(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+_LOSSES = ("squared", "huber", "log-huber")
+_HOLDOUTS = ("shape", "size", "largest-n", "widest-r")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="morph", description="Scaling laws for inference-efficient language models.")
     parser.add_argument("--version", action="version", version=f"morph {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    fit = commands.add_parser(
-        "fit",
-        help="fit a scaling law to a table of runs",
-        description="Fit a scaling law to a table of runs by least squares.",
-        epilog="A run table is a CSV file with the columns name, n_params, d_model, n_layers, tokens and loss (nats per "
-        "token), and n_count to say how n_params is counted. Errors called mape are mean absolute errors in percent.",
+    table = _Parser(add_help=False)
+    table.add_argument("runs", metavar="RUNS", help="'paper' for the paper's 76 runs, or the path of a CSV file")
+    table.add_argument("--count", choices=CONVENTIONS, help="how N is counted; converts a table that counts otherwise")
+    table.add_argument(
+        "--map", type=_mapping, metavar="NAME=COLUMN,...", help="columns of the file that have other names, n_params=N,tokens=D"
     )
-    fit.add_argument("runs", metavar="RUNS", help="'paper' for the paper's 76 runs, or the path of a CSV file")
-    fit.add_argument(
-        "--law", type=_law, default="inference-aware", metavar="LAW", help=f"{', '.join(laws.NAMES)} (default: %(default)s)"
+    table.add_argument(
+        "--average-logs",
+        action="store_true",
+        help="average the log that column 'log' names, as the paper does",
     )
-    fit.add_argument(
+    table.add_argument("--fit-on", metavar="COLUMN", help="fit only the rows with 1 in this 0/1 column")
+    table.add_argument("--json", action="store_true", help="print one JSON object")
+    law = _Parser(add_help=False)
+    law.add_argument(
+        "--law",
+        type=_law,
+        default="inference-aware",
+        metavar="LAW",
+        help=f"{', '.join(laws.NAMES)}, or BASE+SHAPE with SHAPE one of {', '.join(laws.SHAPE_TERMS)} (default: %(default)s)",
+    )
+    law.add_argument(
         "--exponents",
         choices=laws.EXPONENTS,
         default="tied",
         help="tied: alpha = beta = gamma; gamma: only gamma freed; free: each free (default: %(default)s)",
     )
-    fit.add_argument("--count", choices=CONVENTIONS, help="how N is counted; converts a table that counts otherwise")
-    fit.add_argument("--fit-on", metavar="COLUMN", help="fit only the rows with 1 in this 0/1 column")
+
+    columns = "A run table is a CSV file with the columns name, n_params, d_model, n_layers, tokens and loss (nats per token), "
+    columns += "and n_count to say how n_params is counted."
+    fit = commands.add_parser(
+        "fit",
+        parents=[table, law],
+        help="fit a scaling law to a table of runs",
+        description="Fit a scaling law to a table of runs and report how well the runs determine it.",
+        epilog=f"{columns} Errors called mape are mean absolute errors in percent.",
+    )
     fit.add_argument("--published", action="store_true", help="fit exactly as the authors' code does")
-    fit.add_argument("--json", action="store_true", help="print one JSON object")
-    fit.set_defaults(run=_fit)
+    fit.add_argument("--allow-negative", action="store_true", help="let coefficients fall below zero")
+    fit.add_argument("--loss", choices=_LOSSES, default="squared", help="log-huber is of ln L (default: %(default)s)")
+    fit.add_argument("--bootstrap", type=_number(2), metavar="N", help="refit N resamples and report 95 %% intervals")
+    fit.add_argument("--cluster", metavar="COLUMN", help="resample the rows of one value of this column together, such as name")
+    fit.add_argument("--predict", metavar="CSV", help="also predict the loss of these runs; the file needs no loss")
+    fit.set_defaults(run=_fit, show=_show_fit)
+
+    compare = commands.add_parser(
+        "compare",
+        parents=[table],
+        help="compare laws by their error on held-out runs",
+        description="Compare laws by their error on runs that the fit has not seen, best first.",
+        epilog=columns,
+    )
+    compare.add_argument("--holdout", choices=_HOLDOUTS, default="shape", help="what is held out (default: %(default)s)")
+    compare.add_argument("--law", type=_law, action="append", metavar="LAW", help="may be repeated (default: all)")
+    compare.add_argument("--exponents", choices=laws.EXPONENTS, help="(default: tied and free)")
+    compare.set_defaults(run=_compare, show=_show_rows("laws"))
+
+    design = commands.add_parser(
+        "design",
+        parents=[table, law],
+        help="rank the runs to train next",
+        description="Rank candidate runs by how much training one more of them would teach per FLOP (6 N D), best first.",
+        epilog=f"{columns} Candidates need no loss.",
+    )
+    design.add_argument("--candidates", required=True, metavar="CSV", help="the runs that could be trained")
+    aim = design.add_mutually_exclusive_group()
+    aim.add_argument("--target", metavar="CSV", help="runs whose predicted loss shall become surer")
+    aim.add_argument("--parameter", metavar="NAME", help="the parameter that shall become surer")
+    design.set_defaults(run=_design, show=_show_rows("candidates"))
     return parser
 
 
-def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
-    from morphlib import diagnostics, fitting, runs  # scipy and pandas: only when a fit is asked for
+def _load(arguments: argparse.Namespace, source: str | None = None, count: Convention | None = None) -> pd.DataFrame:
+    """The run table, or with ``source`` another one beside it: planned runs, counted as the first."""
+    from morphlib import runs
 
-    table = runs.load(arguments.runs, arguments.count)
+    if source is None:
+        return runs.load(arguments.runs, arguments.count, columns=arguments.map, average_logs=arguments.average_logs)
+    return runs.load(source, count, measured=False)
+
+
+def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
+    from morphlib import diagnostics, fitting, uncertainty  # scipy and pandas: only when a fit is asked for
+
+    table = _load(arguments)
     law = laws.get(arguments.law, arguments.exponents)
-    search = fitting.fit_published if arguments.published else fitting.fit
-    fit = search(table, law, arguments.fit_on)
+    if arguments.published:
+        if arguments.loss != "squared":
+            raise InputError("the authors fitted squared residuals; leave out --loss or --published")
+        fit = fitting.fit_published(table, law, arguments.fit_on)
+    else:
+        fit = fitting.fit(table, law, arguments.fit_on, loss=arguments.loss, positive=not arguments.allow_negative)
     metrics = {use: asdict(value) for use, value in diagnostics.metrics_by_use(table, fit).items()}
     for values in metrics.values():
         values["mape"] = values.pop("mape_pct")
     predictions = table[["name", "tokens", "loss"]].assign(loss_predicted=fit.loss_predicted)
-    return {
+    parameters: dict[str, dict[str, Any]] = {
+        name: {"value": value, "standard_error": fit.standard_errors[name]} for name, value in fit.parameters.items()
+    }
+    result = {
         "law": law.name,
         "exponents": law.exponents,
         "count": fit.count,
-        "parameters": {
-            name: {"value": value, "standard_error": fit.standard_errors[name]} for name, value in fit.parameters.items()
-        },
+        "parameters": parameters,
         "metrics": metrics,
         "predictions": predictions.to_dict(orient="records"),
         "status": {"code": fit.status.name.lower(), "message": fit.status.value},
+        "verdict": {},
+        "audit": [finding.sentence for finding in diagnostics.audit(table)],
     }
+    verdict = diagnostics.identifiability(table, fit)
+    result["verdict"] = {"identified": verdict.identified, "sentences": list(verdict.sentences)}
+    if arguments.bootstrap:
+        bootstrap = uncertainty.bootstrap(table, fit, arguments.bootstrap, cluster=arguments.cluster)
+        for name, row in bootstrap.interval().iterrows():
+            parameters[str(name)] |= {"low": row["low"], "high": row["high"]}
+        result["bootstrap"] = {
+            "n": len(bootstrap.values),
+            "n_left_out": bootstrap.n_left_out,
+            "cluster": arguments.cluster,
+            "n_clusters": bootstrap.n_clusters,
+        }
+    elif arguments.cluster:
+        raise InputError("--cluster says what a bootstrap resamples together; add --bootstrap 1000")
+    if arguments.predict:
+        new = _load(arguments, arguments.predict, fit.count)
+        intervals = uncertainty.prediction_interval(new, fit, table)
+        columns = {"loss_predicted": intervals["loss"], "low": intervals["low"], "high": intervals["high"]}
+        result["predicted"] = new[["name", "tokens"]].assign(**columns).to_dict(orient="records")
+    return result
 
 
-def _print_fit(result: dict[str, Any]) -> None:
+def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    from morphlib import diagnostics
+
+    table = _load(arguments)
+    names = arguments.law or [*laws.BASES, *(f"chinchilla+{shape}" for shape in laws.SHAPE_TERMS)]
+    modes: list[laws.Exponents] = [arguments.exponents] if arguments.exponents else ["tied", "free"]
+    chosen = {(law.name, law.parameters): law for mode in modes for law in (laws.get(name, mode) for name in names)}
+    readable = [law for law in chosen.values() if arguments.law or "M" not in law.variables or "d_ff" in table]
+    compared = diagnostics.compare(table, readable, arguments.holdout, arguments.fit_on)
+    return {"laws": compared.to_dict(orient="records")}
+
+
+def _design(arguments: argparse.Namespace) -> dict[str, Any]:
+    from morphlib import design, fitting
+
+    table = _load(arguments)
+    fit = fitting.fit(table, laws.get(arguments.law, arguments.exponents), arguments.fit_on)
+    candidates = _load(arguments, arguments.candidates, fit.count)
+    target = _load(arguments, arguments.target, fit.count) if arguments.target else None
+    ranked = design.rank_next_runs(table, fit, candidates, target, arguments.parameter)
+    return {"candidates": ranked.to_dict(orient="records")}
+
+
+def _show_fit(result: dict[str, Any]) -> None:
     print(f"{result['law']}, {result['exponents']} exponents, N counted as {result['count']}\n")
-    print(f"{'parameter':<12}{'value':>14}{'std. error':>14}")
+    bootstrap = result.get("bootstrap")
+    print(f"{'parameter':<12}{'value':>14}{'std. error':>14}" + (f"{'95 % low':>14}{'high':>14}" if bootstrap else ""))
     for name, entry in result["parameters"].items():
-        print(f"{name:<12}{entry['value']:>14.6g}{entry['standard_error']:>14.3g}")
+        interval = f"{entry['low']:>14.6g}{entry['high']:>14.6g}" if bootstrap else ""
+        print(f"{name:<12}{entry['value']:>14.6g}{entry['standard_error']:>14.3g}{interval}")
+    if bootstrap:
+        of = "rows" if bootstrap["cluster"] is None else f"clusters by {bootstrap['cluster']}"
+        print(f"intervals: {bootstrap['n']} resamples of {bootstrap['n_clusters']} {of}, {bootstrap['n_left_out']} left out")
     print(f"\n{'rows':<12}{'n':>5}{'MSE':>12}{'RMSE':>10}{'R2':>10}{'MAPE %':>9}")
     for use, m in result["metrics"].items():
-        print(f"{use:<12}{m['n']:>5}{m['mse']:>12.6f}{m['rmse']:>10.4f}{m['r2']:>10.5f}{m['mape']:>9.3f}")
+        seen = "  (the fit has seen these)" if use == "fitted" else ""
+        print(f"{use:<12}{m['n']:>5}{m['mse']:>12.6f}{m['rmse']:>10.4f}{m['r2']:>10.5f}{m['mape']:>9.3f}{seen}")
+    if "predicted" in result:
+        print(f"\n{'predicted':<20}{'tokens':>12}{'loss':>10}{'95 % low':>10}{'high':>10}")
+        for row in result["predicted"]:
+            loss = f"{row['loss_predicted']:>10.4f}{row['low']:>10.4f}{row['high']:>10.4f}"
+            print(f"{row['name']:<20}{row['tokens']:>12.4g}{loss}")
     print(f"\n{result['status']['code']}: {result['status']['message']}")
+    for sentence in (*result["verdict"]["sentences"], *result["audit"]):
+        print(f"- {sentence}")
+
+
+def _show_rows(key: str) -> Callable[[dict[str, Any]], None]:
+    def show(result: dict[str, Any]) -> None:
+        import pandas as pd
+
+        print(pd.DataFrame(result[key]).to_string(index=False, float_format=lambda number: f"{number:.4g}"))
+
+    return show
 
 
 def _without_nan(value: Any) -> Any:
@@ -114,8 +266,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"morph {parsed.command}: {error}", file=sys.stderr)
         return 2
-    if parsed.json:
-        print(json.dumps(_without_nan(result), allow_nan=False))
-    else:
-        _print_fit(result)
+    try:
+        if parsed.json:
+            print(json.dumps(_without_nan(result), allow_nan=False))
+        else:
+            parsed.show(result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     return 0

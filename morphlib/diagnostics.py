@@ -1,14 +1,35 @@
-"""How well a law predicts: errors over chosen rows, and the order it gives to models of one size."""
+"""How well a law predicts, what the rows say about its parameters, and what looks wrong with the rows."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, permutations
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
+from scipy.special import ndtr, stdtrit
 
-from morphlib.fitting import Fit
-from morphlib.laws import Array
+from morphlib import fitting, runs
+from morphlib.errors import InputError
+from morphlib.fitting import Fit, Status
+from morphlib.laws import Array, Law
+
+Holdout = Literal["shape", "size", "largest-n", "widest-r"]
+HOLDOUTS: tuple[Holdout, ...] = get_args(Holdout)
+
+SOUND = (Status.CONVERGED, Status.NEGATIVE)  # negative coefficients make no sense, but the rows determine them
+CONFOUNDED = 0.99  # |correlation| of two estimates beyond which a change of one undoes a change of the other
+TOGETHER = 0.95  # |correlation| of the logarithms of two variables beyond which their effects can hardly be told apart
+MOST = 0.8  # share of the rows at one D / N from which the others alone tell N from D
+MAX_EXACT = 9  # rows; 9! orders are 0.4 million, and beyond them the t approximation is off by less than 0.01
+SAME_LOSS = 5e-4  # losses are published to 1e-4
+BUDGET_TOLERANCE = 0.1
+POWER_OF = {"C/M": "N", "CM": "D"}  # variables that are another one raised to a power
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +86,517 @@ def spearman_by_family(table: pd.DataFrame, predicted: Array) -> pd.Series:
     pairs = pd.DataFrame({"measured": table["loss"], "predicted": np.round(predicted, 4), "family": table["family"]})
     groups = pairs.groupby("family", sort=False)
     return groups.apply(lambda g: g["measured"].corr(g["predicted"], method="spearman") if len(g) > 1 else np.nan)
+
+
+# --- What the rows can say about the parameters
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the fitted rows say about the parameters of a law.
+
+    Standard errors and correlations are of parameters in the units in which each variable has the
+    geometric mean 1, so that a coefficient is the size of its term in the middle of the rows. In raw
+    units A is the term at N = 1, eight decades away, and correlates with its exponent on any table.
+
+    ``correlations`` holds those of the logarithms of two variables over the rows, ``undetermined``
+    the parameters whose standard error exceeds their value (for a location such as ln R0: the range
+    of its variable) or that are at a bound, ``confounded`` pairs with |correlation| above 0.99.
+    """
+
+    identified: bool
+    sentences: tuple[str, ...]
+    condition_number: float
+    share_of_starts_at_best: float
+    correlations: Mapping[tuple[str, str], float]
+    undetermined: tuple[str, ...]
+    confounded: tuple[tuple[str, str, float], ...]
+
+
+def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
+    """Whether the fitted rows determine each parameter of the law, and which runs would cure it if not.
+
+    The rows are taken as unweighted, of independent and equal noise. Raises ``InputError`` where the
+    fit is of another table.
+    """
+    rows, law = fitted_rows(table, fit), fit.law
+    values, jacobian = scaled_jacobian(law, fit.values, rows, rows)
+    variables = {name: runs.variables(rows)[name] for name in _read_variables(law)}
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        covariance = fitting.covariance_of(jacobian, rows["loss"].to_numpy() - fit.loss_predicted[fit.fitted])
+        errors = np.sqrt(np.diag(covariance))
+        correlation = covariance / np.outer(errors, errors)
+    names = law.parameters
+    confounded = tuple(
+        (names[i], names[j], float(correlation[i, j]))
+        for i, j in combinations(range(len(names)), 2)
+        if abs(correlation[i, j]) > CONFOUNDED
+    )
+    scales = [_natural_scale(law, name, value, variables) for name, value in zip(names, values, strict=True)]
+    # written so that a standard error that is not a number counts as undetermined
+    undetermined = tuple(
+        name
+        for name, value, error, scale in zip(names, values, errors, scales, strict=True)
+        if not error <= scale or _at_range_end(law, name, value)
+    )
+    correlations = {(a, b): _correlation(np.log(variables[a]), np.log(variables[b])) for a, b in combinations(variables, 2)}
+    return Verdict(
+        identified=fit.status in SOUND and not undetermined,
+        sentences=(
+            *_about_parameters(fit, undetermined, confounded),
+            *_about_rows(law, variables, correlations, undetermined),
+        ),
+        condition_number=fit.condition_number,
+        share_of_starts_at_best=fit.share_of_starts_at_best,
+        correlations=MappingProxyType(correlations),
+        undetermined=undetermined,
+        confounded=confounded,
+    )
+
+
+def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[Array, Array]:
+    """Parameters, (p,), and the Jacobian at ``rows``, (n, p), in units that are the geometric means of ``reference``."""
+    units = fitting._units(law, runs.variables(reference), reference)
+    variables = runs.variables(rows)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        scaled = law.to_raw(values, {name: 1 / unit for name, unit in units.items()})
+        return scaled, law.jacobian(scaled, {name: variables[name] / units[name] for name in law.variables})
+
+
+def fitted_rows(table: pd.DataFrame, fit: Fit) -> pd.DataFrame:
+    """The rows of the table that were fitted; raises ``InputError`` where the number of rows says it is another table."""
+    if len(fit.fitted) != len(table):
+        raise InputError(
+            f"the fit is of a table of {len(fit.fitted)} rows and this one has {len(table)}; give the table fitted"
+        )
+    return table[fit.fitted]
+
+
+def _read_variables(law: Law) -> tuple[str, ...]:
+    """N, D and R, then what else the law reads; C/M and CM are powers of N and D."""
+    read = (POWER_OF.get(name, name) for name in law.variables)
+    return tuple(dict.fromkeys(("N", "D", "R", *read)))
+
+
+def _correlation(a: Array, b: Array) -> float:
+    """Pearson's; NaN where one does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    length = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / length) if length > 1e-12 * len(a) else np.nan
+
+
+def _natural_scale(law: Law, name: str, value: float, variables: Mapping[str, Array]) -> float:
+    """The standard error beyond which a parameter is undetermined."""
+    if name.startswith("log_"):
+        return float(np.ptp(np.log(variables[name[4]])))
+    if name == "drift":  # the slope of ln R0 by ln N, which may well be zero
+        return float(np.ptp(np.log(variables["R"])) / np.ptp(np.log(variables["N"])))
+    return abs(value)
+
+
+def _at_range_end(law: Law, name: str, value: float) -> bool:
+    low, high = fitting.EXPONENT_RANGE
+    return (name in law.linear and value == 0) or (name in law.base.exponents and not 1.01 * low < value < 0.99 * high)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _about_parameters(fit: Fit, undetermined: tuple[str, ...], confounded: tuple[tuple[str, str, float], ...]) -> Iterator[str]:
+    n_rows, condition = int(fit.fitted.sum()), f"condition number {fit.condition_number:.3g}"
+    if undetermined:
+        yield (
+            f"The {n_rows} rows do not determine {_listed(undetermined)} of {fit.law.name} with {fit.law.exponents} "
+            f"exponents ({condition})."
+        )
+    elif fit.status in SOUND:
+        yield f"The {n_rows} rows determine every parameter of {fit.law.name} ({condition})."
+    if fit.status is not Status.CONVERGED:
+        yield fit.status.value
+    if confounded:
+        pairs = ", ".join(f"{a} and {b} ({value:.4f})" for a, b, value in confounded)
+        yield f"The rows hardly tell some parameters apart; estimates that correlate: {pairs}."
+    if fit.share_of_starts_at_best < 0.5:
+        yield f"Only {fit.share_of_starts_at_best:.0%} of the starts ended at the best optimum; raise n_starts."
+
+
+def _about_rows(
+    law: Law, variables: Mapping[str, Array], correlations: Mapping[tuple[str, str], float], undetermined: tuple[str, ...]
+) -> Iterator[str]:
+    """What about the rows leaves parameters open, each with the runs that would mend it."""
+    read = dict.fromkeys(POWER_OF.get(name, name) for name in law.variables)
+    budget = variables["D"] / variables["N"]
+    alike = np.abs(np.log(budget / np.median(budget))) < np.log(1.25)
+    where = f"{budget[alike].min():.3g} to {budget[alike].max():.3g} tokens per parameter"
+    if alike.all():
+        yield f"D / N is constant (all rows have {where}): add runs at other tokens per parameter."
+    elif alike.mean() >= MOST:
+        yield (
+            f"Telling size from tokens rests on {(~alike).sum()} of {len(alike)} rows, the others have {where}: add runs at "
+            "other tokens per parameter, at several sizes."
+        )
+    for (a, b), value in correlations.items():
+        if {a, b} <= read.keys() and abs(value) > TOGETHER and not (alike.all() and {a, b} == {"N", "D"}):
+            cure = "runs at other tokens per parameter" if {a, b} == {"N", "D"} else f"runs that vary {b} at fixed {a}"
+            yield f"{a} and {b} move together (correlation {value:.3f}): add {cure}."
+    for name in read:
+        low, high = variables[name].min(), variables[name].max()
+        own = [parameter for parameter in undetermined if name in _variables_of(law, parameter)]
+        if high < 2 * low:
+            yield f"{name} hardly varies ({low:.3g} to {high:.3g}): add runs with {name} twice as large or half as large."
+        elif own:
+            yield f"{_listed(own)}: add runs with {name} outside {low:.3g} to {high:.3g}, the other variables held."
+
+
+def _variables_of(law: Law, parameter: str) -> set[str]:
+    """The variables whose term in the law a parameter belongs to."""
+    powers = {
+        POWER_OF.get(power.variable, power.variable)
+        for power in law.base.powers
+        if parameter in (power.coefficient, law.free_name(str(power.exponent)))
+    }
+    return powers | (set(law.shape.variables) if law.shape and parameter in law.shape.parameters else set())
+
+
+# --- Held-out rows
+
+
+@dataclass(frozen=True, slots=True)
+class Folds:
+    """P ways of holding rows out: ``training``, (P, n), is 0 for a held-out row and 1 for the others."""
+
+    labels: tuple[str, ...]
+    training: Array
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Losses predicted for held-out rows, and the folds whose training rows are too weak for the law.
+
+    ``predictions`` has the columns name, tokens, loss, loss_predicted and fold, and the table's index.
+    A fold in ``undetermined`` (label to reason) has NaN where the law could not be fitted at all, and a
+    prediction, not to be trusted, where it could.
+    """
+
+    predictions: pd.DataFrame
+    undetermined: Mapping[str, str]
+
+    @property
+    def metrics(self) -> Metrics:
+        """Errors over the rows that have a prediction."""
+        rows = self.predictions[np.isfinite(self.predictions["loss_predicted"])]
+        return metrics(rows["loss"].to_numpy(), rows["loss_predicted"].to_numpy())
+
+
+def splits(table: pd.DataFrame, holdout: Holdout) -> Folds:
+    """The folds of a way to hold rows out.
+
+    ``shape``: each shape (d_model, n_layers and n_params) with all its budgets and repeats, labelled by its
+    first name. ``size``: each family. ``largest-n``: the family with the largest model. ``widest-r``:
+    the ceil(n / 5) rows with the largest R = d_model / n_layers, and all as wide as the last of them.
+    Raises ``InputError`` where a fold would leave nothing to train on.
+    """
+    if holdout == "shape":
+        group = shape_numbers(table)
+        labels = tuple(table["name"].groupby(group).first())
+        training = group != np.arange(len(labels))[:, None]
+    elif holdout == "size":
+        labels = tuple(table["family"].unique())
+        training = table["family"].to_numpy() != np.array(labels, dtype=object)[:, None]
+    elif holdout == "largest-n":
+        family = table["family"].to_numpy()[table["n_params"].to_numpy().argmax()]
+        labels, training = (str(family),), (table["family"] != family).to_numpy()[None]
+    elif holdout == "widest-r":
+        ratio = runs.variables(table)["R"]
+        least = np.sort(ratio)[-math.ceil(len(ratio) / 5)]
+        labels, training = (f"R >= {least:.4g}",), (ratio < least)[None]
+    else:
+        raise InputError(f"{holdout!r} is not a way to hold rows out; choose one of {', '.join(HOLDOUTS)}")
+    if not training.any(axis=1).all():
+        raise InputError(f"holding out by {holdout} leaves no rows to train on; add runs that differ in it")
+    return Folds(labels, training.astype(float))
+
+
+def shape_numbers(table: pd.DataFrame) -> np.ndarray:
+    """The same number for rows of one shape (d_model, n_layers, n_params), counted in the order of the table."""
+    return table.groupby(["d_model", "n_layers", "n_params"], sort=False).ngroup().to_numpy()
+
+
+def held_out_losses(
+    table: pd.DataFrame, law: Law, holdout: Holdout, fit_on: str | None = None, *, n_starts: int = 8, seed: int = 0
+) -> HeldOut:
+    """The loss of every held-out row, predicted by the fit that did not see it.
+
+    Only rows that the 0/1 column ``fit_on`` marks train (all without it); every row of a fold is
+    predicted, marked or not. All folds are fitted at once, from ``n_starts`` random starts and the
+    optimum of all training rows, which is only one more place to start from.
+    """
+    folds = splits(table, holdout)
+    marked = runs.fit_mask(table, fit_on)
+    rows, training = table[marked], folds.training[:, marked]
+    undetermined: dict[str, str] = {}
+    for label, weights in zip(folds.labels, training, strict=True):
+        try:
+            fitting._check_rows(rows[weights == 1], law)
+        except InputError as error:
+            undetermined[label] = str(error)
+    predicted = np.full(len(table), np.nan)
+    if fitted := [p for p, label in enumerate(folds.labels) if label not in undetermined]:
+        start = fitting.solve(rows, law, np.ones((1, len(rows))), seed=seed).values[0, len(law.linear) :]
+        found = fitting.solve(rows, law, training[fitted], n_starts=n_starts, seed=seed, near=start)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            losses = law.predict(found.values, runs.variables(table))
+        for p, loss, values, converged in zip(fitted, losses, found.values, found.converged, strict=True):
+            held = folds.training[p] == 0
+            predicted[held] = loss[held]
+            if weakness := _weakness(law, values, rows[training[p] == 1], bool(converged)):
+                undetermined[folds.labels[p]] = weakness
+    held = (folds.training == 0).any(axis=0)
+    fold = np.array(folds.labels, dtype=object)[(folds.training == 0).argmax(axis=0)]
+    predictions = table[["name", "tokens", "loss"]].assign(loss_predicted=predicted, fold=fold)[held]
+    return HeldOut(predictions, MappingProxyType(undetermined))
+
+
+def _weakness(law: Law, values: Array, rows: pd.DataFrame, converged: bool) -> str | None:
+    """Why a fit to these rows is not to be trusted, in the words of its status; None where nothing is wrong."""
+    jacobian = scaled_jacobian(law, values, rows, rows)[1]
+    lengths = np.linalg.norm(jacobian, axis=0)
+    if (values[: len(law.linear)] == 0).any():
+        return Status.AT_BOUND.value
+    if not np.isfinite(lengths).all() or not np.linalg.cond(jacobian / np.where(lengths, lengths, 1)) < fitting.CONDITION_LIMIT:
+        return Status.DEGENERATE.value
+    if not converged:
+        return Status.NOT_CONVERGED.value
+    return Status.EXACT.value if len(rows) == len(values) else None
+
+
+def compare(
+    table: pd.DataFrame,
+    laws: Sequence[Law],
+    holdout: Holdout,
+    fit_on: str | None = None,
+    *,
+    n_starts: int = 8,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Laws by their error on held-out rows (``held_out_losses``), best first; one row per law.
+
+    Columns: law, exponents, count, holdout, ``n`` held-out rows predicted, rmse (nats per token), mape
+    (percent), ``undetermined`` folds; then the difference of the rmse to the first law's over the rows
+    that both predict, with its 95 % percentile interval over resampled shapes (the rows of one shape
+    are not independent), the fits held as they are. Laws that predict fewer rows come last.
+    """
+    if not laws:
+        raise InputError("there are no laws to compare; give at least one")
+    held = [held_out_losses(table, law, holdout, fit_on, n_starts=n_starts, seed=seed) for law in laws]
+    rows = []
+    for law, result in zip(laws, held, strict=True):
+        errors = result.metrics
+        rows.append(
+            {"law": law.name, "exponents": law.exponents, "count": table["n_count"].iloc[0], "holdout": holdout,
+             "n": errors.n, "rmse": errors.rmse, "mape": errors.mape_pct, "undetermined": len(result.undetermined)}
+        )  # fmt: skip
+    compared = pd.DataFrame(rows)
+    order = compared.sort_values(["n", "rmse"], ascending=[False, True], kind="stable").index
+    squared = [((held[i].predictions["loss_predicted"] - held[i].predictions["loss"]) ** 2).to_numpy() for i in order]
+    shape = pd.Series(shape_numbers(table), table.index)[held[0].predictions.index].to_numpy()
+    differences = [_rmse_difference(errors, squared[0], shape, n_resamples, seed) for errors in squared]
+    names = ["rmse_difference", "rmse_difference_low", "rmse_difference_high"]
+    return compared.loc[order].reset_index(drop=True).assign(**dict(zip(names, zip(*differences, strict=True), strict=True)))
+
+
+def _rmse_difference(
+    squared: Array, best: Array, cluster: np.ndarray, n_resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """The difference of two root mean squares and its 95 % interval, clusters of rows resampled with replacement."""
+    both = np.isfinite(squared) & np.isfinite(best)
+    if not both.any():
+        return np.nan, np.nan, np.nan
+    sums = pd.DataFrame({"law": squared[both], "best": best[both], "n": 1.0}).groupby(cluster[both]).sum().to_numpy()
+    # the same draws for every law that predicts the same rows
+    counts = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), n_resamples)
+    totals = np.vstack([sums.sum(axis=0), counts @ sums])
+    difference = np.sqrt(totals[:, 0] / totals[:, 2]) - np.sqrt(totals[:, 1] / totals[:, 2])
+    low, high = np.quantile(difference[1:], [0.025, 0.975]) if len(sums) > 1 else (np.nan, np.nan)
+    return float(difference[0]), float(low), float(high)
+
+
+class InformationCriteria(NamedTuple):
+    aic: float
+    aicc: float
+    bic: float
+
+
+def information_criteria(fit: Fit, table: pd.DataFrame, *, assume_independent: bool = False) -> InformationCriteria:
+    """AIC, AICc and BIC of an unweighted least-squares fit, for laws fitted to the same rows.
+
+    With k = p + 1 (the noise variance counts) and ln L = -n/2 (ln(2 pi SSE / n) + 1): AIC = 2k - 2 ln L,
+    AICc = AIC + 2k(k+1)/(n-k-1), BIC = k ln n - 2 ln L (Burnham and Anderson 2002, chapter 2).
+
+    They need independent rows of Gaussian noise. Rows of one shape share what the law does not know of
+    it, and checkpoints of one run share their noise as well: then n overstates what is known and
+    the criteria favour too many parameters. All are therefore NaN where a shape or a ``run`` repeats
+    among the fitted rows, unless ``assume_independent``; ``compare`` needs no such assumption. NaN, too,
+    where there are no more rows than parameters (AICc: than k + 1).
+    """
+    rows = fitted_rows(table, fit)
+    n, k = len(rows), len(fit.values) + 1
+    repeated = len(np.unique(shape_numbers(rows))) < n or ("run" in rows and rows["run"].duplicated().any())
+    if n < k or (repeated and not assume_independent):
+        return InformationCriteria(np.nan, np.nan, np.nan)
+    sse = float(((rows["loss"].to_numpy() - fit.loss_predicted[fit.fitted]) ** 2).sum())
+    deviance = n * (math.log(2 * math.pi * sse / n) + 1) if sse > 0 else -math.inf
+    correction = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.nan
+    return InformationCriteria(deviance + 2 * k, deviance + 2 * k + correction, deviance + k * math.log(n))
+
+
+# --- The order of a few models
+
+
+def spearman_exact(measured: ArrayLike, predicted: ArrayLike) -> tuple[float, float]:
+    """Spearman's rank correlation and its two-sided p-value, for two arrays of shape (n,).
+
+    Up to nine rows the p-value is exact: the share of all n! orders whose correlation is as strong, ties
+    in mid-ranks. Even a perfect order of four models has 2/24 = 0.083. Beyond nine it is scipy's
+    t approximation. NaN where one array does not vary. Raises ``InputError`` for unequal or non-finite arrays.
+    """
+    a, b = np.asarray(measured, dtype=float), np.asarray(predicted, dtype=float)
+    if a.ndim != 1 or a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise InputError(f"ranks need two equally long lists of finite numbers, not shapes {a.shape} and {b.shape} or NaN")
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return np.nan, np.nan
+    if len(a) > MAX_EXACT:
+        from scipy.stats import spearmanr
+
+        rho, p_value = spearmanr(a, b)
+        return float(rho), float(p_value)
+    # twice the mid-rank less its mean is a whole number, so equal correlations compare equal
+    x, y = (np.rint(2 * pd.Series(v).rank().to_numpy()).astype(np.int64) - len(v) - 1 for v in (a, b))
+    products = np.array(list(permutations(range(len(y)))))
+    inner = y[products] @ x
+    strength = int(x @ y)
+    return strength / math.sqrt(int(x @ x) * int(y @ y)), float((np.abs(inner) >= abs(strength)).mean())
+
+
+@dataclass(frozen=True, slots=True)
+class Orderings:
+    """``orders``, (k, m): models by position, lowest loss first, the most probable order first; ``probabilities``, (k,).
+
+    ``better``, (m, m): the probability that the model of the row has a lower loss than that of the column.
+    """
+
+    orders: np.ndarray
+    probabilities: Array
+    better: Array
+
+
+def ordering_probability(predicted: ArrayLike, covariance: ArrayLike, n_draws: int = 10_000, seed: int = 0) -> Orderings:
+    """How probable each order of m models is, their predicted losses, (m,), being normal with that covariance, (m, m).
+
+    Orders are counted over ``n_draws``; pairs are exact, Phi((l_j - l_i) / sd(l_i - l_j)). The covariance
+    of what a law predicts is J C J', with C that of its parameters; add the noise of a run to the diagonal to
+    ask about measured losses. Raises ``InputError`` for a matrix that is no covariance.
+    """
+    mean, matrix = np.asarray(predicted, dtype=float), np.asarray(covariance, dtype=float)
+    m = mean.size
+    if mean.shape != (m,) or matrix.shape != (m, m) or not (m and np.isfinite(mean).all() and np.isfinite(matrix).all()):
+        raise InputError(f"orders need m predictions and a finite m x m covariance, not shapes {mean.shape}, {matrix.shape}")
+    eigenvalues, vectors = np.linalg.eigh(matrix)
+    largest = np.abs(eigenvalues).max()
+    if not np.allclose(matrix, matrix.T, rtol=1e-6, atol=1e-9 * largest) or eigenvalues.min() < -1e-6 * largest:
+        raise InputError("the covariance of the predictions is not symmetric or has negative variances; give J C J'")
+    if n_draws < 1:
+        raise InputError(f"n_draws is {n_draws}; give at least 1")
+    root = vectors * np.sqrt(np.clip(eigenvalues, 0, None))
+    draws = mean + np.random.default_rng(seed).standard_normal((n_draws, m)) @ root.T
+    orders, counts = np.unique(np.argsort(draws, axis=1), axis=0, return_counts=True)
+    likeliest = np.argsort(-counts, kind="stable")
+    variance = np.diag(matrix)[:, None] + np.diag(matrix) - 2 * matrix
+    spread = np.sqrt(np.clip(variance, 0, None))
+    apart = mean[None, :] - mean[:, None]
+    better = np.where(spread > 0, ndtr(apart / np.where(spread > 0, spread, 1)), (1 + np.sign(apart)) / 2)
+    return Orderings(orders[likeliest], counts[likeliest] / n_draws, better)
+
+
+# --- Slips in a table
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something odd in a run table: its kind, a sentence, and the index labels of the rows."""
+
+    kind: Literal["near-duplicate", "duplicate", "budget", "outlier"]
+    sentence: str
+    rows: tuple[Any, ...]
+
+
+def audit(table: pd.DataFrame, fit: Fit | None = None) -> list[Finding]:
+    """Rows that look like slips; every finding is a question to whoever made the table, not a verdict.
+
+    - ``duplicate``: one shape with the same tokens and loss under two names.
+    - ``near-duplicate``: two shapes whose losses at some tokens agree within 5e-4 although at every other
+      budget they share they differ by ten times as much or more.
+    - ``budget``: a label such as 20N in the column ``budget`` that tokens / n_params misses by more than 10 %.
+    - ``outlier``: with a ``fit``, fitted rows whose externally studentized residual is beyond Student's t at
+      5 % shared over the rows (Bonferroni; Cook and Weisberg 1982, section 2.2.2).
+    """
+    findings = [*_duplicates(table)]
+    if "budget" in table:
+        nominal = pd.to_numeric(table["budget"].astype(str).str.extract(r"^([\d.]+)N$")[0], errors="coerce").to_numpy()
+        actual = (table["tokens"] / table["n_params"]).to_numpy()
+        for i in np.flatnonzero(np.abs(actual - nominal) > BUDGET_TOLERANCE * nominal):
+            sentence = f"{_runs(table)[i]} is labelled {nominal[i]:g}N but has {actual[i]:.1f} tokens per parameter."
+            findings.append(Finding("budget", sentence, (list(table.index)[i],)))
+    return findings + (_outliers(table, fit) if fit is not None else [])
+
+
+def _runs(table: pd.DataFrame) -> list[str]:
+    return [f"{name} at {tokens / 1e9:.4g}B tokens" for name, tokens in zip(table["name"], table["tokens"], strict=True)]
+
+
+def _duplicates(table: pd.DataFrame) -> Iterator[Finding]:
+    names, labels = _runs(table), list(table.index)
+    shape, tokens, loss = shape_numbers(table), table["tokens"].to_numpy(dtype=float), table["loss"].to_numpy(dtype=float)
+    by_budget = {(s, budget): value for s, budget, value in zip(shape, tokens, loss, strict=True)}
+    for i, j in combinations(range(len(table)), 2):
+        if tokens[i] != tokens[j] or abs(loss[i] - loss[j]) > SAME_LOSS:
+            continue
+        if shape[i] == shape[j]:
+            if loss[i] == loss[j]:
+                yield Finding("duplicate", f"{names[i]} and {names[j]} have one shape and one loss.", (labels[i], labels[j]))
+            continue
+        gaps = [
+            abs(by_budget[shape[i], budget] - by_budget[shape[j], budget])
+            for budget in np.unique(tokens)
+            if budget != tokens[i] and (shape[i], budget) in by_budget and (shape[j], budget) in by_budget
+        ]
+        if gaps and min(gaps) >= 10 * SAME_LOSS:
+            sentence = (
+                f"{names[i]} and {names[j]} have losses {loss[i]:.4f} and {loss[j]:.4f}, though at every other budget they "
+                f"share they differ by {min(gaps):.4f} or more."
+            )
+            yield Finding("near-duplicate", sentence, (labels[i], labels[j]))
+
+
+def _outliers(table: pd.DataFrame, fit: Fit) -> list[Finding]:
+    rows = fitted_rows(table, fit)
+    jacobian = scaled_jacobian(fit.law, fit.values, rows, rows)[1]
+    lengths = np.linalg.norm(jacobian, axis=0)
+    used = np.isfinite(lengths) & (lengths > 0)
+    leverage = (np.linalg.qr(jacobian[:, used] / lengths[used])[0] ** 2).sum(axis=1)
+    residual = rows["loss"].to_numpy() - fit.loss_predicted[fit.fitted]
+    freedom = len(rows) - len(fit.values) - 1
+    if freedom < 1:
+        return []
+    rest = residual @ residual * (1 - leverage) - residual**2  # of the sum of squares, without the row, times 1 - leverage
+    with np.errstate(divide="ignore", invalid="ignore"):
+        studentized = np.where(rest > 0, residual * np.sqrt(freedom / rest), np.nan)
+    limit = float(stdtrit(freedom, 1 - 0.025 / len(rows)))
+    return [
+        Finding("outlier", f"{run} is {t:+.1f} standard deviations off the law (limit {limit:.1f}).", (row,))
+        for run, row, t in zip(_runs(rows), rows.index, studentized, strict=True)
+        if abs(t) > limit
+    ]

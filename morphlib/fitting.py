@@ -29,9 +29,10 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import OptimizeWarning, curve_fit
 
-from morphlib import runs
+from morphlib import least_squares, runs
 from morphlib.errors import InputError
 from morphlib.laws import Array, Law
+from morphlib.shapes import Convention
 
 Loss = Literal["squared", "huber", "log-huber"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
@@ -88,7 +89,7 @@ class Fit:
     """
 
     law: Law
-    count: str
+    count: Convention
     parameters: Mapping[str, float]
     standard_errors: Mapping[str, float]
     covariance: Array
@@ -137,7 +138,8 @@ def fit(
     coefficients of the base and the irreducible loss at zero or above. ``weights``, shape (n,) over
     the table, multiply the squared residuals. ``loss``: ``squared``, or ``huber`` on the residuals or
     ``log-huber`` on those of ln L, both as sums, quadratic up to ``loss_scale`` (default: 1e-3, the
-    scale Hoffmann et al. 2022 use on ln L, times the mean loss for ``huber``).
+    scale Hoffmann et al. 2022 use on ln L, times the mean loss for ``huber``). A robust search starts
+    from the least-squares solution and does not hold coefficients at zero.
 
     Raises ``InputError`` where the rows cannot determine the law: fewer rows than parameters, or a
     variable of the law that does not vary.
@@ -208,7 +210,7 @@ def solve(
     ``near``, nonlinear values in raw units of shape (m,), is one more start for every problem.
     """
     every = runs.variables(rows)
-    units = _units(law, every, rows)
+    units = _units(law, every)
     scaled = {name: every[name] / units[name] for name in law.variables}
     loss = rows["loss"].to_numpy()
     problem = _Problem(law, scaled, loss, np.sqrt(weights), positive=False)
@@ -423,7 +425,8 @@ def _starts(law: Law, n_starts: int, rng: np.random.Generator) -> Array:
         if name in law.base.exponents:
             columns.append(rng.uniform(np.log(0.1), np.log(2.0), n_starts))
         elif name == "gamma":
-            columns.append(np.exp(rng.uniform(np.log(0.1), np.log(2.0), n_starts)))
+            # of either sign: counted without the embedding tables, the same runs want a negative one
+            columns.append(rng.choice([-1.0, 1.0], n_starts) * np.exp(rng.uniform(np.log(0.1), np.log(2.0), n_starts)))
         elif name.startswith("epsilon"):
             columns.append(np.exp(rng.uniform(np.log(1e-3), np.log(0.3), n_starts)))
         else:
@@ -431,7 +434,7 @@ def _starts(law: Law, n_starts: int, rng: np.random.Generator) -> Array:
     return np.stack(columns, axis=1) if columns else np.zeros((n_starts, 0))
 
 
-def _units(law: Law, variables: Mapping[str, Array], rows: pd.DataFrame) -> dict[str, float]:
+def _units(law: Law, variables: Mapping[str, Array], rows: pd.DataFrame | None = None) -> dict[str, float]:
     """The geometric mean of each variable, by which it is divided: parameters are then of order one."""
     if missing := [name for name in law.variables if name not in variables]:
         raise InputError(f"{law.name} reads {', '.join(missing)}, which needs the column d_ff; add it to the table")
@@ -472,34 +475,35 @@ def _checked_weights(weights: Array, table: pd.DataFrame) -> Array:
 def _robust(
     rows: pd.DataFrame, law: Law, values: Array, weights: Array, loss: Loss, loss_scale: float | None
 ) -> tuple[Array, Array, bool]:
-    """Minimize a sum of Huber losses from the least-squares solution, by reweighting.
+    """Minimize a sum of Huber losses over all parameters, from the least-squares solution.
 
-    Huber's rho(r) is r^2 up to the scale s and 2 s |r| - s^2 beyond, so its weight is min(1, s / |r|).
-    For ``log-huber`` the residual is ln(predicted / measured). Returns values, the final weights of
-    squared residuals of the loss, and whether it converged.
+    For ``log-huber`` the residual is ln(predicted / measured), whose derivative is that of the
+    prediction over the prediction. Returns the values, the weights of squared residuals of the loss
+    under which they are a least-squares solution, and whether the search converged.
     """
     if loss not in LOSSES:
         raise InputError(f"{loss!r} is not a loss; choose one of {', '.join(LOSSES)}")
     measured = rows["loss"].to_numpy()
     scale = loss_scale if loss_scale is not None else 1e-3 * (1.0 if loss == "log-huber" else measured.mean())
-    if not scale > 0:
-        raise InputError(f"the scale of the loss is {scale}; give a number above zero")
-    variables = runs.variables(rows)
-    previous = np.inf
-    current = weights
-    for _ in range(MAX_ITERATIONS):
-        predicted = law.predict(values, variables)
-        residual = np.log(predicted / measured) if loss == "log-huber" else predicted - measured
-        inside = np.minimum(1.0, scale / np.maximum(np.abs(residual), 1e-300))
-        total = float((weights * np.where(inside == 1, residual**2, 2 * scale * np.abs(residual) - scale**2)).sum())
-        # d ln L = dL / L: a residual of ln L is, to first order, one of L over the measured loss
-        current = weights * inside * (1.0 if loss == "huber" else (residual / ((predicted - measured) / 1.0 + 1e-300)) ** 2)
-        if abs(previous - total) <= 1e-10 * total:
-            return values, current, True
-        previous = total
-        near = values[len(law.linear) :]
-        values = solve(rows, law, current[np.newaxis], n_starts=1, near=near, positive=True).values[0]
-    return values, current, False
+    every = runs.variables(rows)
+    units = _units(law, every)
+    scaled = {name: every[name] / units[name] for name in law.variables}
+    back = {name: 1 / unit for name, unit in units.items()}
+
+    def residuals(current: Array) -> Array:
+        predicted = law.predict(current, scaled)
+        return np.log(predicted / measured) if loss == "log-huber" else predicted - measured
+
+    def jacobian(current: Array) -> Array:
+        derivative = law.jacobian(current, scaled)
+        return derivative / law.predict(current, scaled)[:, None] if loss == "log-huber" else derivative
+
+    found = least_squares.minimize(
+        residuals, jacobian, law.to_raw(values, back), loss="huber", loss_scale=scale, weights=weights
+    )
+    inside = np.minimum(1.0, scale / np.maximum(np.abs(residuals(found.values)), 1e-300))
+    unit = law.predict(found.values, scaled) if loss == "log-huber" else 1.0
+    return law.to_raw(found.values, units), weights * inside / unit**2, found.converged
 
 
 def _result(
@@ -515,7 +519,7 @@ def _result(
     """The result object, from parameters for raw variables and the weights of the fitted rows."""
     every = runs.variables(table)
     rows = {name: column[fitted] for name, column in every.items()}
-    units = _units(law, rows, table)
+    units = _units(law, rows)
     back = {name: 1 / unit for name, unit in units.items()}
     # nonsense rows can drive an exponent so far that raw coefficients overflow; in scaled units they do not
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):

@@ -30,7 +30,7 @@ def fit_json(capsys, *arguments):
 
 def test_fit_json_keeps_the_contract(capsys):
     result = fit_json(capsys, "paper", "--fit-on", "fit_main", "--published")
-    assert list(result) == ["law", "exponents", "count", "parameters", "metrics", "predictions", "status"]
+    assert list(result)[:7] == ["law", "exponents", "count", "parameters", "metrics", "predictions", "status"]
     assert (result["law"], result["exponents"], result["count"]) == ("inference-aware", "tied", "total")
     assert list(result["parameters"]) == ["A", "B", "E", "alpha", "epsilon"]
     assert all(set(entry) == {"value", "standard_error"} for entry in result["parameters"].values())
@@ -70,6 +70,67 @@ def test_a_table_of_ones_own(capsys, tmp_path, paper):
     assert "epsilon" in out and "converged" in out
 
 
+def test_fit_with_everything(capsys, tmp_path, paper):
+    renamed = paper.rename(columns={"n_params": "N", "tokens": "D"})
+    path = written(renamed, tmp_path / "runs.csv")
+    planned = written(paper.drop(columns="loss").tail(3), tmp_path / "planned.csv")
+    options = ["--map", "n_params=N,tokens=D", "--exponents", "free", "--loss", "log-huber", "--predict", planned]
+    result = fit_json(capsys, path, *options[:4], "--bootstrap", "50", "--cluster", "name", "--predict", planned)
+    for entry in result["parameters"].values():
+        assert entry["low"] <= entry["value"] <= entry["high"]
+    assert result["bootstrap"]["n"] + result["bootstrap"]["n_left_out"] == 50
+    assert result["bootstrap"]["n_clusters"] == 35
+    assert [row["name"] for row in result["predicted"]] == list(paper["name"].tail(3))
+    for row in result["predicted"]:
+        assert row["low"] < row["loss_predicted"] < row["high"]
+    assert isinstance(result["verdict"]["identified"], bool) and result["verdict"]["sentences"]
+    assert any("126M_v1" in sentence for sentence in result["audit"])
+    robust = fit_json(capsys, path, *options[:6])
+    assert robust["parameters"]["alpha"]["value"] != result["parameters"]["alpha"]["value"]
+    code, out, _ = morph(capsys, "fit", path, *options[:4], "--bootstrap", "50", "--cluster", "name", "--predict", planned)
+    assert code == 0 and "95 % low" in out and "339M_v1" in out
+
+
+def test_negative_coefficients_only_when_asked_for(capsys):
+    held = fit_json(capsys, "paper", "--fit-on", "fit_20N_only", "--law", "chinchilla")
+    free = fit_json(capsys, "paper", "--fit-on", "fit_20N_only", "--law", "chinchilla", "--allow-negative")
+    assert (held["parameters"]["A"]["value"], held["status"]["code"]) == (0, "at_bound")
+    assert free["parameters"]["A"]["value"] < 0 and free["status"]["code"] == "negative"
+
+
+@pytest.mark.parametrize("holdout", ["shape", "size", "largest-n", "widest-r"])
+def test_compare_keeps_the_contract(capsys, holdout):
+    laws = ["--law", "chinchilla", "--law", "inference-aware", "--law", "width-depth"]
+    code, out, err = morph(capsys, "compare", "paper", "--holdout", holdout, *laws, "--json")
+    assert (code, err) == (0, "")
+    rows = json.loads(out, parse_constant=refuse_constant)["laws"]
+    assert len(rows) == 6
+    assert all({"law", "exponents", "count", "holdout", "n", "rmse", "mape"} <= set(row) for row in rows)
+    errors = [row["rmse"] for row in rows]
+    assert errors == sorted(errors)
+    # a fifth of 76 rows, and those as wide as the last of them
+    assert {row["n"] for row in rows} == {{"shape": 76, "size": 76, "largest-n": 4, "widest-r": 18}[holdout]}
+
+
+def test_design_keeps_the_contract(capsys, tmp_path, paper):
+    candidates = written(paper.drop(columns="loss").iloc[[0, 40, 75]], tmp_path / "candidates.csv")
+    target = written(paper.drop(columns="loss")[paper["family"] == "1B"], tmp_path / "target.csv")
+    for aim in ([], ["--target", target], ["--parameter", "epsilon"]):
+        code, out, err = morph(capsys, "design", "paper", "--candidates", candidates, "--fit-on", "fit_main", *aim, "--json")
+        assert (code, err) == (0, "")
+        rows = json.loads(out, parse_constant=refuse_constant)["candidates"]
+        assert all(list(row) == ["name", "gain", "flops", "gain_per_flop"] for row in rows)
+        assert [row["gain_per_flop"] for row in rows] == sorted((row["gain_per_flop"] for row in rows), reverse=True)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -c 'from morphlib.cli import main; raise SystemExit(main([\"fit\", \"paper\", \"--json\"]))' | true",
+        shell=True, capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
+
+
 def one_line(code, out, err):
     assert code == 2
     assert out == ""
@@ -99,9 +160,25 @@ def test_a_faulty_table_is_exit_code_2_and_one_line(capsys, tmp_path, paper, fau
         ["fit", "paper", "--fit-on", "fit_nothing"],
         ["fit", "paper", "--published", "--exponents", "free"],
         ["fit", "paper", "--no-such-option"],
+        ["fit", "paper", "--law", "chinchilla+"],
+        ["fit", "paper", "--map", "n_params"],
+        ["fit", "paper", "--map", "n_params=size"],
+        ["fit", "paper", "--average-logs"],
+        ["fit", "paper", "--bootstrap", "1"],
+        ["fit", "paper", "--bootstrap", "50", "--cluster", "nothing"],
+        ["fit", "paper", "--cluster", "name"],
+        ["fit", "paper", "--predict", "nowhere.csv"],
+        ["fit", "paper", "--published", "--loss", "huber"],
+        ["fit", "paper", "--published", "--law", "width-depth"],
+        ["compare", "paper", "--holdout", "nothing"],
+        ["compare", "paper", "--law", "kaplan"],
+        ["design", "paper"],
+        ["design", "paper", "--candidates", "nowhere.csv"],
+        ["design", "paper", "--candidates", "morphlib/data/paper_runs.csv", "--parameter", "gamma_2"],
     ],
 )
-def test_wrong_arguments_are_exit_code_2_and_one_line(capsys, arguments):
+def test_wrong_arguments_are_exit_code_2_and_one_line(capsys, monkeypatch, arguments):
+    monkeypatch.chdir(ROOT)
     one_line(*morph(capsys, *arguments))
 
 
