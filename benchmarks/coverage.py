@@ -4,8 +4,8 @@ The truth is the inference-aware law fitted to the 76 rows or to the 27 of ``fit
 (7 parameters) exponents. The noise has the root-mean-square error of that fit: independent, or 70 % of its variance shared
 by the rows of a shape. Each simulated table is fitted afresh and every 95 % interval is asked whether it holds the truth.
 
-python benchmarks/coverage.py --datasets 1000     all eight settings, hours
-python benchmarks/coverage.py --quick             50 data sets each, minutes
+python benchmarks/coverage.py --datasets 1000     all eight settings, about two hours
+python benchmarks/coverage.py --quick             50 data sets each, five minutes
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from morphlib.shapes import CONVENTIONS, Convention
 if TYPE_CHECKING:
     import pandas as pd
 
+    from morphlib.fitting import Fit
+
 
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line instead of a page of usage."""
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--allow-negative", action="store_true", help="let coefficients fall below zero")
     fit.add_argument("--loss", choices=_LOSSES, default="squared", help="log-huber is of ln L (default: %(default)s)")
     fit.add_argument("--bootstrap", type=_number(2), metavar="N", help="refit N resamples and report 95 %% intervals")
-    fit.add_argument("--cluster", metavar="COLUMN", help="resample the rows of one value of this column together, such as name")
+    fit.add_argument("--cluster", metavar="COLUMN", help="rows with one value of this column, such as name, share errors")
     fit.add_argument("--predict", metavar="CSV", help="also predict the loss of these runs; the file needs no loss")
     fit.set_defaults(run=_fit, show=_show_fit)
 
@@ -171,24 +173,33 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     verdict = diagnostics.identifiability(table, fit)
     result["verdict"] = {"identified": verdict.identified, "sentences": list(verdict.sentences)}
-    if arguments.bootstrap:
-        bootstrap = uncertainty.bootstrap(table, fit, arguments.bootstrap, cluster=arguments.cluster)
-        for name, row in bootstrap.interval().iterrows():
+    intervals = _intervals(arguments, table, fit)
+    if intervals is not None:
+        for name, row in intervals.pop("interval").iterrows():
             parameters[str(name)] |= {"low": row["low"], "high": row["high"]}
-        result["bootstrap"] = {
-            "n": len(bootstrap.values),
-            "n_left_out": bootstrap.n_left_out,
-            "cluster": arguments.cluster,
-            "n_clusters": bootstrap.n_clusters,
-        }
-    elif arguments.cluster:
-        raise InputError("--cluster says what a bootstrap resamples together; add --bootstrap 1000")
+        result["intervals"] = intervals
     if arguments.predict:
         new = _load(arguments, arguments.predict, fit.count)
-        intervals = uncertainty.prediction_interval(new, fit, table)
-        columns = {"loss_predicted": intervals["loss"], "low": intervals["low"], "high": intervals["high"]}
+        predicted = uncertainty.prediction_interval(new, fit, table)
+        columns = {"loss_predicted": predicted["loss"], "low": predicted["low"], "high": predicted["high"]}
         result["predicted"] = new[["name", "tokens"]].assign(**columns).to_dict(orient="records")
     return result
+
+
+def _intervals(arguments: argparse.Namespace, table: pd.DataFrame, fit: Fit) -> dict[str, Any] | None:
+    """95 % intervals of the parameters where they are asked for, by resampling or by CR3."""
+    from morphlib import uncertainty
+
+    if arguments.bootstrap:
+        resampled = uncertainty.bootstrap(table, fit, arguments.bootstrap, cluster=arguments.cluster)
+        of = f"{len(resampled.values)} resamples, {resampled.n_left_out} left out"
+        interval, n_clusters = resampled.interval(), resampled.n_clusters
+    elif arguments.cluster:
+        covariance = uncertainty.cluster_covariance(table, fit, arguments.cluster)
+        of, interval, n_clusters = "CR3", uncertainty.parameter_interval(fit, covariance=covariance), covariance.n_clusters
+    else:
+        return None
+    return {"of": of, "cluster": arguments.cluster, "n_clusters": n_clusters, "interval": interval}
 
 
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -216,14 +227,14 @@ def _design(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _show_fit(result: dict[str, Any]) -> None:
     print(f"{result['law']}, {result['exponents']} exponents, N counted as {result['count']}\n")
-    bootstrap = result.get("bootstrap")
-    print(f"{'parameter':<12}{'value':>14}{'std. error':>14}" + (f"{'95 % low':>14}{'high':>14}" if bootstrap else ""))
+    intervals = result.get("intervals")
+    print(f"{'parameter':<12}{'value':>14}{'std. error':>14}" + (f"{'95 % low':>14}{'high':>14}" if intervals else ""))
     for name, entry in result["parameters"].items():
-        interval = f"{entry['low']:>14.6g}{entry['high']:>14.6g}" if bootstrap else ""
+        interval = f"{entry['low']:>14.6g}{entry['high']:>14.6g}" if intervals else ""
         print(f"{name:<12}{entry['value']:>14.6g}{entry['standard_error']:>14.3g}{interval}")
-    if bootstrap:
-        of = "rows" if bootstrap["cluster"] is None else f"clusters by {bootstrap['cluster']}"
-        print(f"intervals: {bootstrap['n']} resamples of {bootstrap['n_clusters']} {of}, {bootstrap['n_left_out']} left out")
+    if intervals:
+        of = "rows" if intervals["cluster"] is None else f"clusters by {intervals['cluster']}"
+        print(f"intervals: {intervals['of']}, {intervals['n_clusters']} {of}")
     print(f"\n{'rows':<12}{'n':>5}{'MSE':>12}{'RMSE':>10}{'R2':>10}{'MAPE %':>9}")
     for use, m in result["metrics"].items():
         seen = "  (the fit has seen these)" if use == "fitted" else ""

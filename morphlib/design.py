@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 
 from morphlib import fitting, runs
-from morphlib.diagnostics import fitted_rows, scaled_jacobian
 from morphlib.errors import InputError
 from morphlib.fitting import CONDITION_LIMIT, Fit
 from morphlib.laws import Array, Law
@@ -51,20 +50,16 @@ def rank_next_runs(
     what it would be at the largest condition number that a fit may have, so runs that would close them
     rank first. Raises ``InputError`` for a fit of another table, both or an unknown aim, or unusable candidates.
     """
-    if len(fit.fitted) != len(table):
-        raise InputError(
-            f"the fit is of a table of {len(fit.fitted)} rows and this one has {len(table)}; give the table fitted"
-        )
     if target is not None and parameter is not None:
         raise InputError("a design has one aim; give target rows or a parameter, not both")
-    law, rows = fit.law, fitted_rows(table, fit)
+    law, rows = fit.law, fit.rows(table)
     _check(candidates, fit, "candidates")
-    jacobian = scaled_jacobian(law, fit.values, rows, rows)[1]
+    jacobian = fitting.scaled_jacobian(law, fit.values, rows, rows)[1]
     lengths = np.linalg.norm(jacobian, axis=0)
     if not np.isfinite(lengths).all():
         raise InputError("the fit has parameters without finite derivatives; fit again with fewer free parameters")
     lengths[lengths == 0] = 1.0
-    x = scaled_jacobian(law, fit.values, rows, candidates)[1] / lengths
+    x = fitting.scaled_jacobian(law, fit.values, rows, candidates)[1] / lengths
     if parameter is not None:
         if law.free_name(parameter) not in law.parameters:
             raise InputError(f"{law.name} has no parameter {parameter!r}; choose one of {', '.join(law.parameters)}")
@@ -72,19 +67,20 @@ def rank_next_runs(
     else:
         if target is not None:
             _check(target, fit, "target rows")
-        c = scaled_jacobian(law, fit.values, rows, candidates if target is None else target)[1] / lengths
+        c = fitting.scaled_jacobian(law, fit.values, rows, candidates if target is None else target)[1] / lengths
     gain = _relative_gain(jacobian / lengths, c, x)
-    cost = (
-        6 * candidates["n_params"].to_numpy(dtype=float) * candidates["tokens"].to_numpy(dtype=float)
-        if flops is None
-        else np.asarray(flops)
-    )
+    cost = _training_flops(candidates) if flops is None else np.asarray(flops)
     if cost.shape != gain.shape or not (np.isfinite(cost) & (cost > 0)).all():
         raise InputError(f"flops must be {len(gain)} positive numbers, one per candidate")
     ranked = pd.DataFrame(
         {"name": candidates["name"], "gain": gain, "flops": cost, "gain_per_flop": gain / cost}, index=candidates.index
     )
     return ranked.sort_values("gain_per_flop", ascending=False, kind="stable")
+
+
+def _training_flops(rows: pd.DataFrame) -> Array:
+    """6 N D, in floating point: the product of whole numbers would overflow."""
+    return 6 * rows["n_params"].to_numpy(dtype=float) * rows["tokens"].to_numpy(dtype=float)
 
 
 def _relative_gain(jacobian: Array, c: Array, x: Array) -> Array:
@@ -126,7 +122,7 @@ def simulate_design(
     pool = np.flatnonzero(~trained & ~aimed)
     if not 1 <= n_added < len(pool) + (target is not None) or n_random < 1:
         raise InputError(f"{n_added} runs cannot be added from {len(pool)}, some left to predict, in {n_random} random orders")
-    cost = 6 * (table["n_params"] * table["tokens"]).to_numpy(dtype=float)
+    cost = _training_flops(table)
     rng = np.random.default_rng(seed)
     orders: list[tuple[Strategy, np.ndarray]] = [
         (by, _order_by_gain(table, law, trained, aimed, by, n_added, n_starts, seed)) for by in ("gain", "gain_per_flop")

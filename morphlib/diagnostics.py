@@ -119,8 +119,8 @@ def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
     The rows are taken as unweighted, of independent and equal noise. Raises ``InputError`` where the
     fit is of another table.
     """
-    rows, law = fitted_rows(table, fit), fit.law
-    values, jacobian = scaled_jacobian(law, fit.values, rows, rows)
+    rows, law = fit.rows(table), fit.law
+    values, jacobian = fitting.scaled_jacobian(law, fit.values, rows, rows)
     variables = {name: runs.variables(rows)[name] for name in _read_variables(law)}
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         covariance = fitting.covariance_of(jacobian, rows["loss"].to_numpy() - fit.loss_predicted[fit.fitted])
@@ -152,24 +152,6 @@ def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
         undetermined=undetermined,
         confounded=confounded,
     )
-
-
-def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[Array, Array]:
-    """Parameters, (p,), and the Jacobian at ``rows``, (n, p), in units that are the geometric means of ``reference``."""
-    units = fitting._units(law, runs.variables(reference), reference)
-    variables = runs.variables(rows)
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        scaled = law.to_raw(values, {name: 1 / unit for name, unit in units.items()})
-        return scaled, law.jacobian(scaled, {name: variables[name] / units[name] for name in law.variables})
-
-
-def fitted_rows(table: pd.DataFrame, fit: Fit) -> pd.DataFrame:
-    """The rows of the table that were fitted; raises ``InputError`` where the number of rows says it is another table."""
-    if len(fit.fitted) != len(table):
-        raise InputError(
-            f"the fit is of a table of {len(fit.fitted)} rows and this one has {len(table)}; give the table fitted"
-        )
-    return table[fit.fitted]
 
 
 def _read_variables(law: Law) -> tuple[str, ...]:
@@ -339,7 +321,7 @@ def held_out_losses(
     undetermined: dict[str, str] = {}
     for label, weights in zip(folds.labels, training, strict=True):
         try:
-            fitting._check_rows(rows[weights == 1], law)
+            fitting.check_rows(rows[weights == 1], law)
         except InputError as error:
             undetermined[label] = str(error)
     predicted = np.full(len(table), np.nan)
@@ -351,25 +333,13 @@ def held_out_losses(
         for p, loss, values, converged in zip(fitted, losses, found.values, found.converged, strict=True):
             held = folds.training[p] == 0
             predicted[held] = loss[held]
-            if weakness := _weakness(law, values, rows[training[p] == 1], bool(converged)):
-                undetermined[folds.labels[p]] = weakness
+            status, _ = fitting.status_of(law, values, rows[training[p] == 1], bool(converged))
+            if status not in (Status.CONVERGED, Status.NEGATIVE):
+                undetermined[folds.labels[p]] = status.value
     held = (folds.training == 0).any(axis=0)
     fold = np.array(folds.labels, dtype=object)[(folds.training == 0).argmax(axis=0)]
     predictions = table[["name", "tokens", "loss"]].assign(loss_predicted=predicted, fold=fold)[held]
     return HeldOut(predictions, MappingProxyType(undetermined))
-
-
-def _weakness(law: Law, values: Array, rows: pd.DataFrame, converged: bool) -> str | None:
-    """Why a fit to these rows is not to be trusted, in the words of its status; None where nothing is wrong."""
-    jacobian = scaled_jacobian(law, values, rows, rows)[1]
-    lengths = np.linalg.norm(jacobian, axis=0)
-    if (values[: len(law.linear)] == 0).any():
-        return Status.AT_BOUND.value
-    if not np.isfinite(lengths).all() or not np.linalg.cond(jacobian / np.where(lengths, lengths, 1)) < fitting.CONDITION_LIMIT:
-        return Status.DEGENERATE.value
-    if not converged:
-        return Status.NOT_CONVERGED.value
-    return Status.EXACT.value if len(rows) == len(values) else None
 
 
 def compare(
@@ -442,7 +412,7 @@ def information_criteria(fit: Fit, table: pd.DataFrame, *, assume_independent: b
     among the fitted rows, unless ``assume_independent``; ``compare`` needs no such assumption. NaN, too,
     where there are no more rows than parameters (AICc: than k + 1).
     """
-    rows = fitted_rows(table, fit)
+    rows = fit.rows(table)
     n, k = len(rows), len(fit.values) + 1
     repeated = len(np.unique(shape_numbers(rows))) < n or ("run" in rows and rows["run"].duplicated().any())
     if n < k or (repeated and not assume_independent):
@@ -582,8 +552,8 @@ def _duplicates(table: pd.DataFrame) -> Iterator[Finding]:
 
 
 def _outliers(table: pd.DataFrame, fit: Fit) -> list[Finding]:
-    rows = fitted_rows(table, fit)
-    jacobian = scaled_jacobian(fit.law, fit.values, rows, rows)[1]
+    rows = fit.rows(table)
+    jacobian = fitting.scaled_jacobian(fit.law, fit.values, rows, rows)[1]
     lengths = np.linalg.norm(jacobian, axis=0)
     used = np.isfinite(lengths) & (lengths > 0)
     leverage = (np.linalg.qr(jacobian[:, used] / lengths[used])[0] ** 2).sum(axis=1)

@@ -105,6 +105,14 @@ class Fit:
         """The parameters as an array, in the order of ``law.parameters``."""
         return np.array(list(self.parameters.values()))
 
+    def rows(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rows of the table that were fitted; raises ``InputError`` where their number says it is another table."""
+        if len(self.fitted) != len(table):
+            raise InputError(
+                f"the fit is of a table of {len(self.fitted)} rows and this one has {len(table)}; give the table fitted"
+            )
+        return table[self.fitted]
+
     def predict(self, table: pd.DataFrame) -> Array:
         """The loss, in nats per token, predicted for the rows of a run table, shape (n,)."""
         return self.law.predict(self.values, runs.variables(table))
@@ -148,7 +156,7 @@ def fit(
         raise InputError(f"n_starts is {n_starts}; give at least 1")
     fitted = runs.fit_mask(table, fit_on)
     rows = table[fitted]
-    _check_rows(rows, law)
+    check_rows(rows, law)
     row_weights = np.ones(len(rows)) if weights is None else _checked_weights(weights, table)[fitted]
     found = solve(rows, law, row_weights[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
     values, converged = found.values[0], bool(found.converged[0])
@@ -170,7 +178,7 @@ def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> F
             "inference-aware with tied or gamma, or fit afresh"
         )
     fitted = runs.fit_mask(table, fit_on)
-    _check_rows(table[fitted], law)
+    check_rows(table[fitted], law)
     variables = runs.variables(table[fitted])
     loss = table.loc[fitted, "loss"].to_numpy()
 
@@ -434,14 +442,15 @@ def _starts(law: Law, n_starts: int, rng: np.random.Generator) -> Array:
     return np.stack(columns, axis=1) if columns else np.zeros((n_starts, 0))
 
 
-def _units(law: Law, variables: Mapping[str, Array], rows: pd.DataFrame | None = None) -> dict[str, float]:
+def _units(law: Law, variables: Mapping[str, Array]) -> dict[str, float]:
     """The geometric mean of each variable, by which it is divided: parameters are then of order one."""
     if missing := [name for name in law.variables if name not in variables]:
         raise InputError(f"{law.name} reads {', '.join(missing)}, which needs the column d_ff; add it to the table")
     return {name: float(np.exp(np.log(variables[name]).mean())) for name in law.variables}
 
 
-def _check_rows(rows: pd.DataFrame, law: Law) -> None:
+def check_rows(rows: pd.DataFrame, law: Law) -> None:
+    """Raise ``InputError`` where rows cannot determine a law: too few, or a variable that does not vary."""
     n_parameters = len(law.parameters)
     if len(rows) < n_parameters:
         raise InputError(
@@ -506,6 +515,34 @@ def _robust(
     return law.to_raw(found.values, units), weights * inside / unit**2, found.converged
 
 
+def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[Array, Array]:
+    """Parameters, (p,), and the Jacobian at ``rows``, (n, p), in units that are the geometric means of ``reference``.
+
+    Parameters are then of order one: a coefficient is the size of its term in the middle of the rows.
+    """
+    units = _units(law, runs.variables(reference))
+    variables = runs.variables(rows)
+    # nonsense rows can drive an exponent so far that raw coefficients overflow
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        scaled = law.to_raw(values, {name: 1 / unit for name, unit in units.items()})
+        return scaled, law.jacobian(scaled, {name: variables[name] / units[name] for name in law.variables})
+
+
+def status_of(law: Law, values: Array, rows: pd.DataFrame, converged: bool) -> tuple[Status, float]:
+    """How a fit of these values to these rows ended, and its condition number."""
+    condition = _condition_number(scaled_jacobian(law, values, rows, rows)[1])
+    base = values[: len(law.linear)]
+    if (base == 0).any():
+        return Status.AT_BOUND, condition
+    if not (condition < CONDITION_LIMIT and np.isfinite(values).all()):
+        return Status.DEGENERATE, condition
+    if not converged:
+        return Status.NOT_CONVERGED, condition
+    if len(rows) == len(values):
+        return Status.EXACT, condition
+    return (Status.NEGATIVE if (base < 0).any() else Status.CONVERGED), condition
+
+
 def _result(
     table: pd.DataFrame,
     law: Law,
@@ -517,41 +554,20 @@ def _result(
     share_of_starts_at_best: float,
 ) -> Fit:
     """The result object, from parameters for raw variables and the weights of the fitted rows."""
-    every = runs.variables(table)
-    rows = {name: column[fitted] for name, column in every.items()}
-    units = _units(law, rows)
-    back = {name: 1 / unit for name, unit in units.items()}
-    # nonsense rows can drive an exponent so far that raw coefficients overflow; in scaled units they do not
+    rows = table[fitted]
+    status, condition = status_of(law, values, rows, converged)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        loss_predicted = law.predict(values, every)
-        scaled_values = law.to_raw(values, back)
-        scaled_rows = {name: rows[name] / units[name] for name in law.variables}
-        condition = _condition_number(law.jacobian(scaled_values, scaled_rows))
-        jacobian = law.jacobian(values, rows)
-        residuals = (loss_predicted[fitted] - table.loc[fitted, "loss"].to_numpy()) * np.sqrt(weights)
-        covariance = covariance_of(jacobian * np.sqrt(weights)[:, None], residuals)
-        errors = np.sqrt(np.diag(covariance))
+        loss_predicted = law.predict(values, runs.variables(table))
+        residuals = (loss_predicted[fitted] - rows["loss"].to_numpy()) * np.sqrt(weights)
+        covariance = covariance_of(law.jacobian(values, runs.variables(rows)) * np.sqrt(weights)[:, None], residuals)
+        errors = np.sqrt(np.diag(covariance)).tolist()
     for array in (loss_predicted, covariance, fitted):
         array.setflags(write=False)
-    by_name = dict(zip(law.parameters, values.tolist(), strict=True))
-    base = [by_name[name] for name in law.linear]
-    if any(value == 0 for value in base):
-        status = Status.AT_BOUND
-    elif not (condition < CONDITION_LIMIT and np.isfinite(values).all()):
-        status = Status.DEGENERATE
-    elif not converged:
-        status = Status.NOT_CONVERGED
-    elif fitted.sum() == len(values):
-        status = Status.EXACT
-    elif any(value < 0 for value in base):
-        status = Status.NEGATIVE
-    else:
-        status = Status.CONVERGED
     return Fit(
         law=law,
         count=table["n_count"].iloc[0],
-        parameters=MappingProxyType(by_name),
-        standard_errors=MappingProxyType(dict(zip(law.parameters, errors.tolist(), strict=True))),
+        parameters=MappingProxyType(dict(zip(law.parameters, values.tolist(), strict=True))),
+        standard_errors=MappingProxyType(dict(zip(law.parameters, errors, strict=True))),
         covariance=covariance,
         status=status,
         fitted=fitted,

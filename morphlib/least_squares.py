@@ -58,7 +58,7 @@ TOLERANCE = 1e-10  # of the offset: values end within this fraction of their sta
 START_DAMPING = 1e3
 DAMPING_LIMIT = 1e100  # after some 26 rejected steps in a row, the last ones too short to change the values
 BEND_LIMIT = 0.75  # of the second-order part of a step over the first, as Transtrum and Sethna
-PROBE = 0.1  # of a step, where the second derivative along it is measured; theirs, too
+PROBE = 0.1  # of a step, where the second derivative along it is measured
 SMALLEST_START = 1e-100  # of the largest residual; it can fall by 46 orders until squares lose digits to underflow
 EPSILON = float(np.finfo(float).eps)
 
@@ -131,7 +131,8 @@ def minimize(
 
     Raises ``InputError`` for a start, weights or settings that make no sense, for arrays that are no
     numbers or of other shapes than these, for fewer rows than parameters, and where residuals or
-    derivatives are not finite at the start. Later such points only turn the search back.
+    derivatives are not finite at the start, or their squares overflow or underflow. Later points that
+    are not finite or overflow only turn the search back.
     """
     values = _numbers("start", start, 1)
     if not (len(values) and np.isfinite(values).all()):

@@ -4,8 +4,12 @@ Four kinds of interval, from cheap to dear: by linearization (``parameter_interv
 ``prediction_interval``), with a covariance that allows rows of one cluster to share their errors
 (``cluster_covariance``), by the sum of squares itself (``profile_interval``) and by refitting resampled
 rows (``bootstrap``). Rows that share a training run or a shape are not independent: name the column
-that says which belong together as ``cluster``. ``benchmarks/coverage.py`` measures how often each kind
-holds the truth.
+that says which belong together as ``cluster``.
+
+Of 95 % intervals on the design of the paper's 76 rows (``benchmarks/coverage.py``), those with
+``cluster_covariance`` by shape hold each parameter in 94 % of simulated tables or more, whether or
+not the rows of a shape share their errors; with shared errors those for independent rows hold the
+worst parameter in 81 to 91 %. On 27 rows with seven parameters no kind is safe, and ``basic`` fails.
 
 All but ``parameter_interval`` take the fit to be one of unweighted squared residuals, and refuse another.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -172,7 +177,7 @@ def bootstrap(
     if n_resamples < 2:
         raise InputError(f"n_resamples is {n_resamples}; give at least 2, and 1000 for an interval")
     _check_known(fit, at_bound=True)
-    rows = _fitted_rows(table, fit)
+    rows = fit.rows(table)
     codes, labels = _clusters(rows, cluster)
     law, n_clusters = fit.law, len(labels)
     rng = np.random.default_rng(seed)
@@ -224,7 +229,8 @@ def profile_interval(table: pd.DataFrame, fit: Fit, parameter: str, level: float
     step = t * np.sqrt(least / (n_rows - n_parameters)) * np.linalg.norm(linear.root[index])
     if np.sqrt(least) <= ROUNDING * np.linalg.norm(linear.rows["loss"]):
         raise InputError("the law passes through every row, so no sum of squares can rise by a factor; add runs with noise")
-    profile = _profile(linear.rows, fit, index)
+    # where a search ends depends on the ones before; of one value there must be one answer
+    profile = cache(_profile(linear.rows, fit, index))
 
     def excess(value: float) -> float:
         sse = profile(value)
@@ -302,7 +308,7 @@ class _Linearized:
     def of(cls, table: pd.DataFrame, fit: Fit) -> _Linearized:
         """Raises ``InputError`` where the fit is no optimum of the sum of squares of these rows."""
         _check_known(fit)
-        rows = _fitted_rows(table, fit)
+        rows = fit.rows(table)
         jacobian = fit.law.jacobian(fit.values, runs.variables(rows))
         lengths = np.linalg.norm(jacobian, axis=0)  # raw columns differ by ten orders of magnitude
         basis, singular, rotation = np.linalg.svd(jacobian / lengths, full_matrices=False)
@@ -431,12 +437,6 @@ def _check_known(fit: Fit, *, at_bound: bool = False) -> None:
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise InputError(f"level is {level}; give a number between 0 and 1, such as 0.95")
-
-
-def _fitted_rows(table: pd.DataFrame, fit: Fit) -> pd.DataFrame:
-    if len(table) != len(fit.fitted):
-        raise InputError(f"the table has {len(table)} rows, that of the fit {len(fit.fitted)}; give the table it was made from")
-    return table[fit.fitted]
 
 
 def _clusters(rows: pd.DataFrame, cluster: str | None) -> tuple[np.ndarray, list[object]]:

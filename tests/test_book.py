@@ -118,6 +118,12 @@ def test_the_published_numbers_are_on_the_page(pages):
         assert number in text, number
 
 
+def stated_defaults(prose: str) -> dict[str, str]:
+    """The table of parameters: name to default."""
+    table = prose[prose.index("| parameter | type | default | meaning |") :].split("\n\n")[0]
+    return dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|", table, flags=re.MULTILINE))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_a_source(path):
     """No outputs, little code in small cells, a kernel that papermill can start, its parameters explained."""
@@ -131,7 +137,7 @@ def test_a_notebook_is_a_source(path):
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert not re.search(r"^\s*% ", prose, flags=re.MULTILINE)  # MyST takes such a line for a comment and drops it
     parameters = pipeline.declared_parameters(path)
-    assert re.findall(r"^\| `(\w+)` \|", prose, flags=re.MULTILINE) == list(parameters)
+    assert list(stated_defaults(prose)) == list(parameters)
     assert f"papermill notebooks/{path.name} out.ipynb" in prose
 
 
@@ -140,7 +146,7 @@ def test_defaults_in_the_table_of_parameters_are_those_of_the_cell():
         notebook = nbformat.read(path, as_version=4)
         cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
         prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-        stated = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|", prose, flags=re.MULTILINE))
+        stated = stated_defaults(prose)
         for statement in ast.parse(cell.source).body:
             default = ast.literal_eval(statement.value)
             text = stated[statement.target.id].strip("`").replace(",", "")

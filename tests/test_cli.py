@@ -78,8 +78,10 @@ def test_fit_with_everything(capsys, tmp_path, paper):
     result = fit_json(capsys, path, *options[:4], "--bootstrap", "50", "--cluster", "name", "--predict", planned)
     for entry in result["parameters"].values():
         assert entry["low"] <= entry["value"] <= entry["high"]
-    assert result["bootstrap"]["n"] + result["bootstrap"]["n_left_out"] == 50
-    assert result["bootstrap"]["n_clusters"] == 35
+    assert result["intervals"]["n_clusters"] == 35
+    by_shape = fit_json(capsys, path, *options[:4], "--cluster", "name")
+    assert by_shape["intervals"] == {"of": "CR3", "cluster": "name", "n_clusters": 35}
+    assert all(entry["low"] < entry["value"] < entry["high"] for entry in by_shape["parameters"].values())
     assert [row["name"] for row in result["predicted"]] == list(paper["name"].tail(3))
     for row in result["predicted"]:
         assert row["low"] < row["loss_predicted"] < row["high"]
@@ -166,7 +168,7 @@ def test_a_faulty_table_is_exit_code_2_and_one_line(capsys, tmp_path, paper, fau
         ["fit", "paper", "--average-logs"],
         ["fit", "paper", "--bootstrap", "1"],
         ["fit", "paper", "--bootstrap", "50", "--cluster", "nothing"],
-        ["fit", "paper", "--cluster", "name"],
+        ["fit", "paper", "--cluster", "nothing"],
         ["fit", "paper", "--predict", "nowhere.csv"],
         ["fit", "paper", "--published", "--loss", "huber"],
         ["fit", "paper", "--published", "--law", "width-depth"],

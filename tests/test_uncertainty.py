@@ -315,7 +315,7 @@ def test_wrong_input_is_refused_in_one_line(paper, curved):
         ("at least 2", lambda: u.cluster_covariance(paper.assign(run="one"), curved, "run")),
         ("no label in 1 fitted", lambda: u.cluster_covariance(paper.assign(run=[None, *"a" * 40, *"b" * 35]), curved, "run")),
         ("without the rows of run a", lambda: u.cluster_covariance(paper.assign(run=[*"a" * 74, *"bb"]), curved, "run")),
-        ("table it was made from", lambda: u.bootstrap(paper.head(70), curved)),
+        ("give the table fitted", lambda: u.bootstrap(paper.head(70), curved)),
         ("the table it was made from", lambda: u.cluster_covariance(paper.assign(loss=paper["loss"][::-1].to_numpy()), curved)),
         ("without weights or a robust loss", lambda: u.profile_interval(paper, robust, "E")),
         ("as many rows as parameters", lambda: u.parameter_interval(exact)),
