@@ -120,7 +120,7 @@ def test_the_published_numbers_are_on_the_page(pages):
 
 def stated_defaults(prose: str) -> dict[str, str]:
     """The table of parameters: name to default."""
-    table = prose[prose.index("| parameter | type | default | meaning |") :].split("\n\n")[0]
+    table = prose[prose.index("| parameter | type | default | meaning |") :].partition("\n\n")[0]
     return dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|", table, flags=re.MULTILINE))
 
 
