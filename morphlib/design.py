@@ -20,6 +20,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import brentq, minimize_scalar
 
 from morphlib import fitting, runs
 from morphlib.errors import InputError
@@ -28,6 +29,7 @@ from morphlib.laws import Array, Law
 
 Strategy = Literal["gain", "gain_per_flop", "cheapest", "random"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+SEARCHED_RANGE = (1e3, 1e15)  # parameters and tokens, from the smallest toy to beyond any plan
 COLUMNS = ("name", "n_params", "d_model", "n_layers", "tokens")
 
 
@@ -76,6 +78,50 @@ def rank_next_runs(
         {"name": candidates["name"], "gain": gain, "flops": cost, "gain_per_flop": gain / cost}, index=candidates.index
     )
     return ranked.sort_values("gain_per_flop", ascending=False, kind="stable")
+
+
+def cheapest_size(
+    fit: Fit, loss: float, *, aspect_ratio: float | None = None, inference_tokens: float = 0.0
+) -> tuple[float, float, float]:
+    """The N and D that reach a loss (nats per token) with the least FLOPs over training and inference.
+
+    Minimizes 6 N D + 2 N D_inference subject to L(N, D, R) = loss (Sardana et al. 2024, section 2; without
+    ``inference_tokens`` Chinchilla's training-compute optimum). ``aspect_ratio`` is R, where the law reads
+    it. Returns N as the fit counts it, D, and the FLOPs. Raises ``InputError`` for a law that reads
+    more of a shape than R, and for a loss that no size up to 1e15 reaches.
+    """
+    law = fit.law
+    if not set(law.variables) <= {"N", "D", "R", "C/M", "CM"}:
+        raise InputError(f"{law.name} reads width and depth, so N and R do not say its loss; choose a law of N, D and R")
+    if "R" in law.variables and not (aspect_ratio and aspect_ratio > 0):
+        raise InputError(f"{law.name} depends on the aspect ratio; give aspect_ratio, d_model / n_layers")
+    if not inference_tokens >= 0:
+        raise InputError(f"inference_tokens is {inference_tokens}; give a number of at least zero")
+
+    def excess(log_n: float, log_d: float) -> float:
+        n, d = np.array([np.exp(log_n)]), np.array([np.exp(log_d)])
+        run = {"N": n, "D": d, "R": np.array([aspect_ratio or 1.0]), "C/M": 6 * n**2, "CM": 6 * d**2}
+        return float(law.predict(fit.values, run)[0]) - loss
+
+    def log_tokens(log_n: float) -> float:
+        """ln D at which the loss is reached; infinite where it never is."""
+        low, high = np.log(SEARCHED_RANGE)
+        if excess(log_n, high) > 0:
+            return np.inf
+        return low if excess(log_n, low) < 0 else float(brentq(lambda log_d: excess(log_n, log_d), low, high, xtol=1e-12))
+
+    def log_flops(log_n: float) -> float:
+        log_d = log_tokens(log_n)
+        return np.inf if log_d == np.inf else float(log_n + np.log(6 * np.exp(log_d) + 2 * inference_tokens))
+
+    grid = np.linspace(np.log(SEARCHED_RANGE[0]), np.log(SEARCHED_RANGE[1]), 400)
+    costs = np.array([log_flops(log_n) for log_n in grid])
+    best = int(costs.argmin())
+    if not np.isfinite(costs[best]):
+        raise InputError(f"no size reaches a loss of {loss} by this fit; give a larger one")
+    around = (grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)])
+    log_n = float(minimize_scalar(log_flops, bounds=around, method="bounded", options={"xatol": 1e-9}).x)
+    return float(np.exp(log_n)), float(np.exp(log_tokens(log_n))), float(np.exp(log_flops(log_n)))
 
 
 def _training_flops(rows: pd.DataFrame) -> Array:
