@@ -34,11 +34,11 @@ rule publish:
     input:
         f"_build/{PRESET}/html",
     output:
-        directory("_build/html"),
+        update(directory("_build/html")),
     params:
         preset=PRESET,
     shell:
-        "cp -R {input} {output}"
+        "python -m morphlib.pipeline publish {input} {output}"
 
 
 rule execute:

@@ -168,11 +168,11 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
         "metrics": metrics,
         "predictions": predictions.to_dict(orient="records"),
         "status": {"code": fit.status.name.lower(), "message": fit.status.value},
-        "verdict": {},
-        "audit": [finding.sentence for finding in diagnostics.audit(table)],
+        "verdict": _verdict(table, fit),
+        # residuals say which rows stand out only where the fit is that of their squares
+        "audit": [f.sentence for f in diagnostics.audit(table, fit if arguments.loss == "squared" else None)],
+        "shapes_left_out": _shapes_left_out(table, law, arguments.fit_on),
     }
-    verdict = diagnostics.identifiability(table, fit)
-    result["verdict"] = {"identified": verdict.identified, "sentences": list(verdict.sentences)}
     intervals = _intervals(arguments, table, fit)
     if intervals is not None:
         for name, row in intervals.pop("interval").iterrows():
@@ -180,10 +180,29 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
         result["intervals"] = intervals
     if arguments.predict:
         new = _load(arguments, arguments.predict, fit.count)
-        predicted = uncertainty.prediction_interval(new, fit, table)
+        covariance = uncertainty.cluster_covariance(table, fit, arguments.cluster) if arguments.cluster else None
+        predicted = uncertainty.prediction_interval(new, fit, table, covariance=covariance)
         columns = {"loss_predicted": predicted["loss"], "low": predicted["low"], "high": predicted["high"]}
         result["predicted"] = new[["name", "tokens"]].assign(**columns).to_dict(orient="records")
     return result
+
+
+def _verdict(table: pd.DataFrame, fit: Fit) -> dict[str, Any]:
+    from morphlib import diagnostics
+
+    verdict = diagnostics.identifiability(table, fit)
+    return {"identified": verdict.identified, "sentences": list(verdict.sentences)}
+
+
+def _shapes_left_out(table: pd.DataFrame, law: laws.Law, fit_on: str | None) -> dict[str, Any] | None:
+    """Errors over rows predicted without their shape; None where leaving shapes out leaves too little."""
+    from morphlib import diagnostics
+
+    try:
+        errors = diagnostics.held_out_losses(table, law, "shape", fit_on).metrics
+    except InputError:
+        return None
+    return {"n": errors.n, "rmse": errors.rmse, "mape": errors.mape_pct}
 
 
 def _intervals(arguments: argparse.Namespace, table: pd.DataFrame, fit: Fit) -> dict[str, Any] | None:
@@ -199,7 +218,9 @@ def _intervals(arguments: argparse.Namespace, table: pd.DataFrame, fit: Fit) -> 
         of, interval, n_clusters = "CR3", uncertainty.parameter_interval(fit, covariance=covariance), covariance.n_clusters
     else:
         return None
-    return {"of": of, "cluster": arguments.cluster, "n_clusters": n_clusters, "interval": interval}
+    few = len(fit.rows(table)) < 5 * len(fit.parameters)
+    note = "with fewer than five rows per parameter no kind of interval was seen to hold its level" if few else None
+    return {"of": of, "cluster": arguments.cluster, "n_clusters": n_clusters, "note": note, "interval": interval}
 
 
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -222,7 +243,8 @@ def _design(arguments: argparse.Namespace) -> dict[str, Any]:
     candidates = _load(arguments, arguments.candidates, fit.count)
     target = _load(arguments, arguments.target, fit.count) if arguments.target else None
     ranked = design.rank_next_runs(table, fit, candidates, target, arguments.parameter)
-    return {"candidates": ranked.to_dict(orient="records")}
+    status = {"code": fit.status.name.lower(), "message": fit.status.value}
+    return {"candidates": ranked.to_dict(orient="records"), "status": status, "verdict": _verdict(table, fit)}
 
 
 def _show_fit(result: dict[str, Any]) -> None:
@@ -234,18 +256,27 @@ def _show_fit(result: dict[str, Any]) -> None:
         print(f"{name:<12}{entry['value']:>14.6g}{entry['standard_error']:>14.3g}{interval}")
     if intervals:
         of = "rows" if intervals["cluster"] is None else f"clusters by {intervals['cluster']}"
-        print(f"intervals: {intervals['of']}, {intervals['n_clusters']} {of}")
+        note = f"; {intervals['note']}" if intervals["note"] else ""
+        print(f"intervals: {intervals['of']}, {intervals['n_clusters']} {of}{note}")
     print(f"\n{'rows':<12}{'n':>5}{'MSE':>12}{'RMSE':>10}{'R2':>10}{'MAPE %':>9}")
     for use, m in result["metrics"].items():
-        seen = "  (the fit has seen these)" if use == "fitted" else ""
-        print(f"{use:<12}{m['n']:>5}{m['mse']:>12.6f}{m['rmse']:>10.4f}{m['r2']:>10.5f}{m['mape']:>9.3f}{seen}")
+        if m["n"]:
+            seen = "" if use == "held_out" else "  (includes rows the fit has seen)"
+            print(f"{use:<12}{m['n']:>5}{m['mse']:>12.6f}{m['rmse']:>10.4f}{m['r2']:>10.5f}{m['mape']:>9.3f}{seen}")
+    if left_out := result["shapes_left_out"]:
+        print(f"{'each shape':<12}{left_out['n']:>5}{'':>12}{left_out['rmse']:>10.4f}{'':>10}{left_out['mape']:>9.3f}", end="")
+        print("  (predicted without its shape)")
     if "predicted" in result:
         print(f"\n{'predicted':<20}{'tokens':>12}{'loss':>10}{'95 % low':>10}{'high':>10}")
         for row in result["predicted"]:
             loss = f"{row['loss_predicted']:>10.4f}{row['low']:>10.4f}{row['high']:>10.4f}"
             print(f"{row['name']:<20}{row['tokens']:>12.4g}{loss}")
+    _show_verdict(result)
+
+
+def _show_verdict(result: dict[str, Any]) -> None:
     print(f"\n{result['status']['code']}: {result['status']['message']}")
-    for sentence in (*result["verdict"]["sentences"], *result["audit"]):
+    for sentence in (*result["verdict"]["sentences"], *result.get("audit", [])):
         print(f"- {sentence}")
 
 
@@ -254,6 +285,8 @@ def _show_rows(key: str) -> Callable[[dict[str, Any]], None]:
         import pandas as pd
 
         print(pd.DataFrame(result[key]).to_string(index=False, float_format=lambda number: f"{number:.4g}"))
+        if "verdict" in result:
+            _show_verdict(result)
 
     return show
 

@@ -28,6 +28,7 @@ TOGETHER = 0.95  # |correlation| of the logarithms of two variables beyond which
 MOST = 0.8  # share of the rows at one D / N from which the others alone tell N from D
 MAX_EXACT = 9  # rows; 9! orders are 0.4 million, and beyond them the t approximation is off by less than 0.01
 SAME_LOSS = 5e-4  # losses are published to 1e-4
+IMPLAUSIBLE_LOSS = 0.3  # nats; Shannon (1951) puts English at 0.4 to 0.9 per character
 BUDGET_TOLERANCE = 0.1
 POWER_OF = {"C/M": "N", "CM": "D"}  # variables that are another one raised to a power
 
@@ -140,11 +141,13 @@ def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
         if not error <= scale or _at_range_end(law, name, value)
     )
     correlations = {(a, b): _correlation(np.log(variables[a]), np.log(variables[b])) for a, b in combinations(variables, 2)}
+    copies = int(repeated_rows(rows).sum())
     return Verdict(
-        identified=fit.status in SOUND and not undetermined,
+        identified=fit.status in SOUND and not undetermined and not copies,
         sentences=(
             *_about_parameters(fit, undetermined, confounded),
             *_about_rows(law, variables, correlations, undetermined),
+            *([f"{copies} of the rows are copies of others, so all errors are too small: remove them."] if copies else []),
         ),
         condition_number=fit.condition_number,
         share_of_starts_at_best=fit.share_of_starts_at_best,
@@ -200,8 +203,9 @@ def _about_parameters(fit: Fit, undetermined: tuple[str, ...], confounded: tuple
     if confounded:
         pairs = ", ".join(f"{a} and {b} ({value:.4f})" for a, b, value in confounded)
         yield f"The rows hardly tell some parameters apart; estimates that correlate: {pairs}."
-    if fit.share_of_starts_at_best < 0.5:
-        yield f"Only {fit.share_of_starts_at_best:.0%} of the starts ended at the best optimum; raise n_starts."
+    at_best = round(fit.share_of_starts_at_best * fit.n_starts)
+    if fit.n_starts > 1 and at_best < 3:
+        yield f"Only {at_best} of {fit.n_starts} starts ended at the best optimum, so a better one may exist; raise n_starts."
 
 
 def _about_rows(
@@ -498,7 +502,7 @@ def ordering_probability(predicted: ArrayLike, covariance: ArrayLike, n_draws: i
 class Finding:
     """Something odd in a run table: its kind, a sentence, and the index labels of the rows."""
 
-    kind: Literal["near-duplicate", "duplicate", "budget", "outlier"]
+    kind: Literal["near-duplicate", "duplicate", "loss", "budget", "outlier"]
     sentence: str
     rows: tuple[Any, ...]
 
@@ -506,7 +510,8 @@ class Finding:
 def audit(table: pd.DataFrame, fit: Fit | None = None) -> list[Finding]:
     """Rows that look like slips; every finding is a question to whoever made the table, not a verdict.
 
-    - ``duplicate``: one shape with the same tokens and loss under two names.
+    - ``duplicate``: rows with the shape, tokens and loss of a row before them, all in one finding.
+    - ``loss``: losses below 0.3 nats, under any estimate of the entropy of text, even per byte.
     - ``near-duplicate``: two shapes whose losses at some tokens agree within 5e-4 although at every other
       budget they share they differ by ten times as much or more.
     - ``budget``: a label such as 20N in the column ``budget`` that tokens / n_params misses by more than 10 %.
@@ -514,6 +519,11 @@ def audit(table: pd.DataFrame, fit: Fit | None = None) -> list[Finding]:
       5 % shared over the rows (Bonferroni; Cook and Weisberg 1982, section 2.2.2).
     """
     findings = [*_duplicates(table)]
+    if (low := (table["loss"] < IMPLAUSIBLE_LOSS).to_numpy()).any():
+        sentence = (
+            f"{int(low.sum())} losses are below {IMPLAUSIBLE_LOSS} nats per token, the first of {_runs(table)[low.argmax()]}."
+        )
+        findings.append(Finding("loss", sentence, tuple(table.index[low])))
     if "budget" in table:
         nominal = pd.to_numeric(table["budget"].astype(str).str.extract(r"^([\d.]+)N$")[0], errors="coerce").to_numpy()
         actual = (table["tokens"] / table["n_params"]).to_numpy()
@@ -531,12 +541,13 @@ def _duplicates(table: pd.DataFrame) -> Iterator[Finding]:
     names, labels = _runs(table), list(table.index)
     shape, tokens, loss = shape_numbers(table), table["tokens"].to_numpy(dtype=float), table["loss"].to_numpy(dtype=float)
     by_budget = {(s, budget): value for s, budget, value in zip(shape, tokens, loss, strict=True)}
-    for i, j in combinations(range(len(table)), 2):
-        if tokens[i] != tokens[j] or abs(loss[i] - loss[j]) > SAME_LOSS:
-            continue
-        if shape[i] == shape[j]:
-            if loss[i] == loss[j]:
-                yield Finding("duplicate", f"{names[i]} and {names[j]} have one shape and one loss.", (labels[i], labels[j]))
+    repeats = repeated_rows(table)
+    if repeats.any():
+        first = names[int(repeats.argmax())]
+        sentence = f"{int(repeats.sum())} rows, the first {first}, repeat the shape, tokens and loss of a row before them."
+        yield Finding("duplicate", sentence, tuple(label for label, again in zip(labels, repeats, strict=True) if again))
+    for i, j in combinations(np.flatnonzero(~repeats), 2):
+        if tokens[i] != tokens[j] or abs(loss[i] - loss[j]) > SAME_LOSS or shape[i] == shape[j]:
             continue
         gaps = [
             abs(by_budget[shape[i], budget] - by_budget[shape[j], budget])
@@ -549,6 +560,11 @@ def _duplicates(table: pd.DataFrame) -> Iterator[Finding]:
                 f"share they differ by {min(gaps):.4f} or more."
             )
             yield Finding("near-duplicate", sentence, (labels[i], labels[j]))
+
+
+def repeated_rows(table: pd.DataFrame) -> np.ndarray:
+    """Which rows have the shape, tokens and loss of a row before them, a boolean array: copies, not runs of their own."""
+    return table[["d_model", "n_layers", "n_params", "tokens", "loss"]].duplicated().to_numpy()
 
 
 def _outliers(table: pd.DataFrame, fit: Fit) -> list[Finding]:

@@ -156,13 +156,14 @@ def fit(
         raise InputError(f"n_starts is {n_starts}; give at least 1")
     fitted = runs.fit_mask(table, fit_on)
     rows = table[fitted]
-    check_rows(rows, law)
     row_weights = np.ones(len(rows)) if weights is None else _checked_weights(weights, table)[fitted]
+    check_rows(rows[row_weights > 0], law, fit_on)
     found = solve(rows, law, row_weights[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
-    values, converged = found.values[0], bool(found.converged[0])
+    values, converged, covariance = found.values[0], bool(found.converged[0]), None
     if loss != "squared":
-        values, row_weights, converged = _robust(rows, law, values, row_weights, loss, loss_scale)
-    return _result(table, law, fitted, values, row_weights, converged, n_starts, float(found.share_of_starts_at_best[0]))
+        values, covariance, converged = _robust(rows, law, values, row_weights, loss, loss_scale)
+    share = float(found.share_of_starts_at_best[0])
+    return _result(table, law, fitted, values, row_weights, converged, n_starts, share, covariance)
 
 
 def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> Fit:
@@ -178,7 +179,7 @@ def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> F
             "inference-aware with tied or gamma, or fit afresh"
         )
     fitted = runs.fit_mask(table, fit_on)
-    check_rows(table[fitted], law)
+    check_rows(table[fitted], law, fit_on)
     variables = runs.variables(table[fitted])
     loss = table.loc[fitted, "loss"].to_numpy()
 
@@ -449,12 +450,13 @@ def _units(law: Law, variables: Mapping[str, Array]) -> dict[str, float]:
     return {name: float(np.exp(np.log(variables[name]).mean())) for name in law.variables}
 
 
-def check_rows(rows: pd.DataFrame, law: Law) -> None:
+def check_rows(rows: pd.DataFrame, law: Law, fit_on: str | None = None) -> None:
     """Raise ``InputError`` where rows cannot determine a law: too few, or a variable that does not vary."""
     n_parameters = len(law.parameters)
+    where = f"{rows.attrs.get('source', 'the table')}{f', rows with {fit_on} = 1' if fit_on else ''}"
     if len(rows) < n_parameters:
         raise InputError(
-            f"{len(rows)} rows are too few for {law.name} with {n_parameters} free parameters "
+            f"{where}: {len(rows)} rows are too few for {law.name} with {n_parameters} free parameters "
             f"({law.exponents} exponents); give at least {n_parameters + 1}"
         )
     meaning = {
@@ -469,8 +471,8 @@ def check_rows(rows: pd.DataFrame, law: Law) -> None:
     for name, values in runs.variables(rows).items():
         if name in law.variables and name in meaning and values.max() < ONE_SIZE * values.min():
             raise InputError(
-                f"all rows are of one {meaning[name]}, {values.min():.4g} to {values.max():.4g}, so {law.name} cannot be "
-                f"fitted; add runs that differ in it by a tenth or more"
+                f"{where}: all rows are of one {meaning[name]}, {values.min():.4g} to {values.max():.4g}, so "
+                f"{law.name} cannot be fitted; add runs that differ in it by a tenth or more"
             )
 
 
@@ -487,8 +489,9 @@ def _robust(
     """Minimize a sum of Huber losses over all parameters, from the least-squares solution.
 
     For ``log-huber`` the residual is ln(predicted / measured), whose derivative is that of the
-    prediction over the prediction. Returns the values, the weights of squared residuals of the loss
-    under which they are a least-squares solution, and whether the search converged.
+    prediction over the prediction. Returns the values, their covariance and whether the search
+    converged. The covariance is Huber's (1973), K^2 [sum psi^2 / (n - p)] / m^2 (J'J)^-1, with psi the
+    residual cut off at the scale, m the share of residuals inside it and K = 1 + p (1 - m) / (n m).
     """
     if loss not in LOSSES:
         raise InputError(f"{loss!r} is not a loss; choose one of {', '.join(LOSSES)}")
@@ -510,9 +513,18 @@ def _robust(
     found = least_squares.minimize(
         residuals, jacobian, law.to_raw(values, back), loss="huber", loss_scale=scale, weights=weights
     )
-    inside = np.minimum(1.0, scale / np.maximum(np.abs(residuals(found.values)), 1e-300))
-    unit = law.predict(found.values, scaled) if loss == "log-huber" else 1.0
-    return law.to_raw(found.values, units), weights * inside / unit**2, found.converged
+    used = weights > 0
+    psi = np.clip(residuals(found.values), -scale, scale) * np.sqrt(weights)
+    inside = float((np.abs(residuals(found.values)) < scale)[used].mean())
+    n_rows, n_parameters = int(used.sum()), len(values)
+    correction = 1 + n_parameters * (1 - inside) / (n_rows * inside) if inside > 0 else np.nan
+    raw = law.to_raw(found.values, units)
+    derivative = law.jacobian(raw, every)
+    if loss == "log-huber":
+        derivative = derivative / law.predict(raw, every)[:, None]
+    # covariance_of divides by n - p; what it is given in place of residuals carries the rest of the formula
+    stand_in = psi * correction / inside if inside > 0 else psi * np.nan
+    return raw, covariance_of(derivative * np.sqrt(weights)[:, None], stand_in, n_rows), found.converged
 
 
 def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[Array, Array]:
@@ -528,17 +540,23 @@ def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.D
         return scaled, law.jacobian(scaled, {name: variables[name] / units[name] for name in law.variables})
 
 
-def status_of(law: Law, values: Array, rows: pd.DataFrame, converged: bool) -> tuple[Status, float]:
+def status_of(
+    law: Law, values: Array, rows: pd.DataFrame, converged: bool, weights: Array | None = None
+) -> tuple[Status, float]:
     """How a fit of these values to these rows ended, and its condition number."""
-    condition = _condition_number(scaled_jacobian(law, values, rows, rows)[1])
+    root = np.ones(len(rows)) if weights is None else np.sqrt(weights)
+    condition = _condition_number(scaled_jacobian(law, values, rows, rows)[1] * root[:, None])
     base = values[: len(law.linear)]
+    exponents = np.array([value for name, value in zip(law.parameters, values, strict=True) if name in law.base.exponents])
+    low, high = EXPONENT_RANGE
     if (base == 0).any():
         return Status.AT_BOUND, condition
-    if not (condition < CONDITION_LIMIT and np.isfinite(values).all()):
+    inside = ((exponents > low * 1.001) & (exponents < high / 1.001)).all()
+    if not (inside and condition < CONDITION_LIMIT and np.isfinite(values).all()):
         return Status.DEGENERATE, condition
     if not converged:
         return Status.NOT_CONVERGED, condition
-    if len(rows) == len(values):
+    if np.count_nonzero(root) == len(values):
         return Status.EXACT, condition
     return (Status.NEGATIVE if (base < 0).any() else Status.CONVERGED), condition
 
@@ -552,14 +570,18 @@ def _result(
     converged: bool,
     n_starts: int,
     share_of_starts_at_best: float,
+    covariance: Array | None = None,
 ) -> Fit:
     """The result object, from parameters for raw variables and the weights of the fitted rows."""
     rows = table[fitted]
-    status, condition = status_of(law, values, rows, converged)
+    status, condition = status_of(law, values, rows, converged, weights)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         loss_predicted = law.predict(values, runs.variables(table))
-        residuals = (loss_predicted[fitted] - rows["loss"].to_numpy()) * np.sqrt(weights)
-        covariance = covariance_of(law.jacobian(values, runs.variables(rows)) * np.sqrt(weights)[:, None], residuals)
+        if covariance is None:
+            residuals = (loss_predicted[fitted] - rows["loss"].to_numpy()) * np.sqrt(weights)
+            jacobian = law.jacobian(values, runs.variables(rows)) * np.sqrt(weights)[:, None]
+            jacobian[:, : len(law.linear)][:, values[: len(law.linear)] == 0] = 0.0  # held, not estimated
+            covariance = covariance_of(jacobian, residuals, int(np.count_nonzero(weights)))
         errors = np.sqrt(np.diag(covariance)).tolist()
     for array in (loss_predicted, covariance, fitted):
         array.setflags(write=False)
@@ -587,12 +609,14 @@ def _condition_number(jacobian: Array) -> float:
     return float(singular[0] / singular[-1]) if singular[-1] > 0 else np.inf
 
 
-def covariance_of(jacobian: Array, residuals: Array) -> Array:
+def covariance_of(jacobian: Array, residuals: Array, n_rows: int | None = None) -> Array:
     """s^2 (J'J)^-1 with s^2 = SSE / (n - p), for J of shape (n, p); NaN where n = p.
 
-    Columns without influence, such as those of a term held at zero, get NaN and leave the others alone.
+    ``n_rows`` is n where rows of weight zero are among them. Columns without influence, such as those of
+    a term held at zero, get NaN and leave the others alone.
     """
-    n_rows, n_parameters = jacobian.shape
+    n_rows = len(jacobian) if n_rows is None else n_rows
+    n_parameters = jacobian.shape[1]
     covariance = np.full((n_parameters, n_parameters), np.nan)
     lengths = np.linalg.norm(jacobian, axis=0)
     used = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))

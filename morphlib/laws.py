@@ -44,10 +44,7 @@ class Power:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The irreducible loss E plus falling powers, and the exponents that each mode holds equal to another.
-
-    ``tied`` and ``gamma`` map an exponent to the one it equals; with free exponents none is held.
-    """
+    """The irreducible loss E plus falling powers; ``tied`` maps an exponent to the one it equals unless each is free."""
 
     formula: str
     source: str
@@ -191,10 +188,10 @@ BASES: dict[str, Base] = {
         {},
     ),
     "width-depth": Base(
-        r"E + A d^{-\alpha} + C L^{-\gamma} + B D^{-\beta}",
-        "exponents argued for in arXiv 2606.25008",
-        (Power("A", "d", "alpha"), Power("C", "L", "gamma"), _D),
-        {"gamma": "alpha"},
+        r"E + A d^{-a} + C L^{-c} + B D^{-\beta}",
+        "powers argued for in arXiv 2606.25008, their exponents fitted",
+        (Power("A", "d", "a"), Power("C", "L", "c"), _D),
+        {"c": "a"},
     ),
     "width-depth-fixed": Base(
         r"E + A d^{-1} + C L^{-1} + B D^{-1/3}",
@@ -203,10 +200,10 @@ BASES: dict[str, Base] = {
         {},
     ),
     "gemstones": Base(
-        r"E + A N^{-\alpha} + B D^{-\beta} + C d^{-\gamma} + F L^{-\delta}",
+        r"E + A N^{-\alpha} + B D^{-\beta} + F d^{-a} + C L^{-c}",
         "McLeish et al. 2025",
-        (_N, _D, Power("C", "d", "gamma"), Power("F", "L", "delta")),
-        {"beta": "alpha", "delta": "gamma"},
+        (_N, _D, Power("F", "d", "a"), Power("C", "L", "c")),
+        {"beta": "alpha", "c": "a"},
     ),
 }
 
@@ -374,9 +371,8 @@ def get(name: str, exponents: Exponents = "tied") -> Law:
     if exponents not in EXPONENTS:
         raise ValueError(f"{exponents!r} does not say which exponents are free; choose one of {', '.join(EXPONENTS)}")
     base, shape = BASES[base_name], SHAPE_TERMS.get(shape_name)
-    freed = {"tied": (), "gamma": ("gamma",), "free": tuple(base.tied)}[exponents]
-    ties = {name: other for name, other in base.tied.items() if name not in freed}
-    if exponents == "tied" and shape_name == "power" and "alpha" in base.exponents and "gamma" not in base.exponents:
+    ties = {} if exponents == "free" else dict(base.tied)
+    if exponents == "tied" and shape_name == "power" and "alpha" in base.exponents:
         ties["gamma"] = "alpha"
     shown = next((alias for alias, full in ALIASES.items() if full == f"{base_name}+{shape_name}"), name)
     return Law(shown, base, shape, exponents, ties)

@@ -30,9 +30,15 @@ def read_presets(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The presets file: preset -> notebook -> parameter -> value."""
     try:
         presets = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a presets file") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())}); mend it") from None
-    if not isinstance(presets, dict):
+    nested = isinstance(presets, dict) and all(
+        isinstance(notebooks or {}, dict) and all(isinstance(v or {}, dict) for v in (notebooks or {}).values())
+        for notebooks in presets.values()
+    )
+    if not nested:
         raise InputError(f"{path}: holds no presets; write preset, notebook, parameter and value as nested keys")
     return {preset: {name: dict(v or {}) for name, v in (notebooks or {}).items()} for preset, notebooks in presets.items()}
 
@@ -51,8 +57,12 @@ def declared_parameters(notebook: Path) -> dict[str, ast.expr]:
     cells = [cell for cell in content.cells if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise InputError(f"{notebook}: has {len(cells)} cells tagged 'parameters'; tag exactly one")
+    try:
+        statements = ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise InputError(f"{notebook}: the parameters cell is not Python (line {error.lineno}); mend it") from None
     parameters = {}
-    for statement in ast.parse(cells[0].source).body:
+    for statement in statements:
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
             raise InputError(
                 f"{notebook}: the parameters cell has {ast.unparse(statement)!r}; write every line as name: type = default"
@@ -208,6 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     book = commands.add_parser("book", help="build the book from a tree of executed notebooks")
     book.add_argument("tree", type=Path)
     book.add_argument("output", type=Path)
+    publish = commands.add_parser("publish", help="copy built pages to where readers open them, whole or not at all")
+    publish.add_argument("pages", type=Path)
+    publish.add_argument("output", type=Path)
     parsed, others = parser.parse_known_args(arguments)
     if others and parsed.command != "snakemake":
         parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -219,7 +232,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if parsed.preset not in presets:
                 raise InputError(f"{parsed.presets}: has no preset {parsed.preset!r}; choose one of {', '.join(presets)}")
             given = presets[parsed.preset].get(parsed.notebook.stem, {})
-            execute(parsed.notebook, parsed.output, given | {name: yaml.safe_load(v) for name, v in parsed.parameter})
+            try:
+                given |= {name: yaml.safe_load(value) for name, value in parsed.parameter}
+            except yaml.YAMLError as error:
+                raise InputError(f"a parameter is not YAML ({' '.join(str(error).split())}); quote it") from None
+            execute(parsed.notebook, parsed.output, given)
+        elif parsed.command == "publish":
+            copied = parsed.output.with_name(f"{parsed.output.name}.partial")
+            shutil.copytree(parsed.pages, copied, dirs_exist_ok=True)
+            replace_folder(copied, parsed.output)
         else:
             build_book(parsed.tree, parsed.output)
     except InputError as error:

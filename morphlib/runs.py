@@ -6,6 +6,7 @@ A table is a CSV file. It must have the columns ``name``, ``n_params``, ``d_mode
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,9 @@ BUNDLED = {"paper": "paper_runs.csv"}
 COUNT_TOLERANCE = 0.01
 
 
+LARGEST_WHOLE = 2**31  # of a width, a depth or a vocabulary; beyond it the number is a slip
+
+
 def _positive(meaning: str) -> pa.Column:
     check = pa.Check(lambda values: np.isfinite(values) & (values > 0))
     return pa.Column(float, check, coerce=True, description=f"a positive number ({meaning})")
@@ -32,7 +36,7 @@ def _positive(meaning: str) -> pa.Column:
 
 def _positive_whole(meaning: str, *, required: bool = False) -> pa.Column:
     # read as a float and cast after the check: casting first would cut 2.5 layers to 2
-    check = pa.Check(lambda values: np.isfinite(values) & (values > 0) & (values % 1 == 0))
+    check = pa.Check(lambda values: (values > 0) & (values < LARGEST_WHOLE) & (values % 1 == 0))
     return pa.Column(float, check, required=required, coerce=True, description=f"a positive whole number ({meaning})")
 
 
@@ -96,10 +100,17 @@ def load(
     for name, given in (columns or {}).items():
         if given not in table:
             raise InputError(f"{where}: column {given}, mapped to {name}, is missing; it has {', '.join(table.columns)}")
-    table = table.rename(columns={given: name for name, given in (columns or {}).items()})
+    mapped = columns or {}
+    if len(set(mapped.values())) < len(mapped):
+        raise InputError(f"{where}: a column is mapped to two names; map each to one")
+    # a column that already has the name of a mapped one gives way to it
+    table = table.drop(columns=[name for name, given in mapped.items() if name in table and name != given])
+    table = table.rename(columns={given: name for name, given in mapped.items()})
     if average_logs:
         table["loss"] = _losses_from_logs(table, where)
     table = _validate(table, where, SCHEMA if measured or "loss" in table else SCHEMA.remove_columns(["loss"]))
+    if "n_kv_heads" in table and "n_heads" not in table:
+        raise InputError(f"{where}: column n_heads is missing; n_kv_heads says nothing without it")
     if "n_count" not in table:
         if count is None:
             raise InputError(
@@ -115,6 +126,7 @@ def load(
         raise InputError(f"{where}: column n_count mixes conventions; pass one (--count) to convert the rows to it")
     if "family" not in table:
         table["family"] = size_families(table["n_params"])
+    table.attrs["source"] = where
     return table
 
 
@@ -168,14 +180,25 @@ def _read(source: str | Path) -> pd.DataFrame:
         with resources.files("morphlib").joinpath("data", BUNDLED[str(source)]).open(encoding="utf-8") as file:
             return pd.read_csv(file)
     try:
-        table = pd.read_csv(source)
+        with warnings.catch_warnings():
+            # a row with more fields than the header: pandas would shift the columns or cut the row
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(source, index_col=False, skipinitialspace=True, compression=None)
+            header = pd.read_csv(source, header=None, nrows=1, dtype=str, skipinitialspace=True, compression=None).iloc[0]
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror or error}); give a CSV file or 'paper'") from None
+    except pd.errors.ParserWarning:
+        raise InputError(f"{source}: a row has more fields than the header; give every column a name") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(f"{source}: is not a CSV table ({str(error).strip()}); give a CSV file with a header") from None
+    if len(header) == 1 and any(mark in str(header[0]) for mark in ";\t"):
+        raise InputError(f"{source}: the columns are not separated by commas; save the file with commas")
+    names = header.astype(str).str.strip()
+    if names.duplicated().any():
+        raise InputError(f"{source}: column {names[names.duplicated()].iloc[0]} is there twice; rename or remove one")
     if table.empty:
         raise InputError(f"{source}: has no rows; give at least as many runs as the law has parameters")
-    return table
+    return table.rename(columns=str.strip)
 
 
 def _losses_from_logs(table: pd.DataFrame, where: str) -> list[float]:
@@ -209,7 +232,10 @@ def _validate(table: pd.DataFrame, where: str, schema: pa.DataFrameSchema) -> pd
     """The table with its columns checked and cast; the fault highest up in the file is reported."""
     required = [name for name, column in schema.columns.items() if column.required]
     if missing := [name for name in required if name not in table]:
-        raise InputError(f"{where}: column {', '.join(missing)} is missing; a run table has {', '.join(required)}")
+        raise InputError(
+            f"{where}: column {', '.join(missing)} is missing; a run table has {', '.join(required)}, the file has "
+            f"{', '.join(map(str, table.columns))}"
+        )
     try:
         valid = schema.validate(table, lazy=True)
     except pa.errors.SchemaErrors as errors:

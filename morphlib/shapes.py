@@ -118,8 +118,10 @@ class Shape:
         """
         if text.endswith(".json"):
             return cls.from_open_lm(Path(text))
-        if text in (named := paper_shapes()):
-            return named[text]
+        named = paper_shapes()
+        for name in (text, f"scale_open_lm_{text.lower()}"):
+            if name in named:
+                return named[name]
         match = _SPECIFICATION.fullmatch(text)
         if match is None:
             raise ValueError(f"{text!r} is not a shape; {_HOW_TO_WRITE}")
@@ -144,6 +146,7 @@ class Shape:
     def from_open_lm(cls, path: Path) -> Shape:
         """A shape from an Open-LM model configuration (JSON), as in its ``model_configs`` folder.
 
+        Norms are counted as gain-only, as the paper's N does, whatever ``model_norm`` says.
         Raises ``ValueError`` for a file that cannot be read, lacks a field, or describes another
         architecture than this class counts.
         """
@@ -162,12 +165,21 @@ class Shape:
             raise ValueError(f"{path}: line {error.lineno} is not JSON; give an Open-LM model configuration") from None
         except KeyError as error:
             raise ValueError(f"{path}: the field {error} is missing; an Open-LM model configuration has it") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: is not text; give an Open-LM model configuration") from None
         except (TypeError, AttributeError):
             raise ValueError(f"{path}: not an Open-LM model configuration; its sizes must be whole numbers") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        if config.get("ffn_type", "swiglu") not in ("swiglu", "swiglu_torch") or config.get("post_embed_norm"):
-            raise ValueError(f"{path}: only SwiGLU without a norm behind the embedding is counted; remove the option")
+        if not isinstance(config.get("weight_tying", False), bool):
+            raise ValueError(f"{path}: weight_tying must be true or false")
+        other = [name for name in ("post_embed_norm", "qk_norm") if config.get(name)]
+        if config.get("ffn_type", "swiglu") not in ("swiglu", "swiglu_torch"):
+            other.append("ffn_type")
+        if config.get("positional_embedding_type", "rotary") not in ("rotary", "head_rotary"):
+            other.append("positional_embedding_type")
+        if other:
+            raise ValueError(f"{path}: {', '.join(other)} asks for weights that are not counted; remove the option")
         return shape
 
     def __str__(self) -> str:

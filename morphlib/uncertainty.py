@@ -177,7 +177,8 @@ def bootstrap(
     if n_resamples < 2:
         raise InputError(f"n_resamples is {n_resamples}; give at least 2, and 1000 for an interval")
     _check_known(fit, at_bound=True)
-    rows = fit.rows(table)
+    # at a bound the optimum is no stationary point; elsewhere it must be that of the squared residuals
+    rows = fit.rows(table) if fit.status is Status.AT_BOUND else _Linearized.of(table, fit).rows
     codes, labels = _clusters(rows, cluster)
     law, n_clusters = fit.law, len(labels)
     rng = np.random.default_rng(seed)

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from conftest import ROOT
@@ -80,7 +81,7 @@ def test_fit_with_everything(capsys, tmp_path, paper):
         assert entry["low"] <= entry["value"] <= entry["high"]
     assert result["intervals"]["n_clusters"] == 35
     by_shape = fit_json(capsys, path, *options[:4], "--cluster", "name")
-    assert by_shape["intervals"] == {"of": "CR3", "cluster": "name", "n_clusters": 35}
+    assert by_shape["intervals"] == {"of": "CR3", "cluster": "name", "n_clusters": 35, "note": None}
     assert all(entry["low"] < entry["value"] < entry["high"] for entry in by_shape["parameters"].values())
     assert [row["name"] for row in result["predicted"]] == list(paper["name"].tail(3))
     for row in result["predicted"]:
@@ -91,6 +92,20 @@ def test_fit_with_everything(capsys, tmp_path, paper):
     assert robust["parameters"]["alpha"]["value"] != result["parameters"]["alpha"]["value"]
     code, out, _ = morph(capsys, "fit", path, *options[:4], "--bootstrap", "50", "--cluster", "name", "--predict", planned)
     assert code == 0 and "95 % low" in out and "339M_v1" in out
+
+
+def test_the_report_says_what_is_odd(capsys, tmp_path, paper):
+    """One outlier, copied rows, losses below any plausible E: each is said, and none makes a confident interval."""
+    table = paper[[*REQUIRED, "n_count"]]
+    outlier = table.assign(loss=[*table["loss"][:-1], 30.0])
+    result = fit_json(capsys, written(outlier, tmp_path / "outlier.csv"))
+    assert any("339M_v1" in sentence and "residual" in sentence for sentence in result["audit"])
+    copies = pd.concat([table, table.assign(name=table["name"] + " again")])
+    result = fit_json(capsys, written(copies, tmp_path / "copies.csv"))
+    assert not result["verdict"]["identified"]
+    assert sum("repeat" in sentence for sentence in result["audit"]) == 1
+    tiny = table.assign(loss=table["loss"] * 1e-4)
+    assert any("below 0.3 nats" in sentence for sentence in fit_json(capsys, written(tiny, tmp_path / "tiny.csv"))["audit"])
 
 
 def test_negative_coefficients_only_when_asked_for(capsys):

@@ -120,6 +120,36 @@ def test_covariance_is_that_of_the_linearized_problem(paper):
     assert np.allclose(fit.covariance, expected, rtol=1e-5, atol=1e-6 * np.outer(errors, errors))
 
 
+def test_rows_of_weight_zero_are_not_there(paper):
+    """Weights of one and zero give the fit, the errors and the status of the rows with weight one alone."""
+    law = laws.get("inference-aware")
+    weights = (np.arange(76) % 3 == 0).astype(float)
+    weighted = fitting.fit(paper, law, weights=weights)
+    alone = fitting.fit(paper[weights == 1].reset_index(drop=True), law)
+    # both searches stop within their tolerance of one optimum; their units, and so their paths, differ
+    assert weighted.parameters == pytest.approx(dict(alone.parameters), rel=1e-4)
+    assert weighted.standard_errors == pytest.approx(dict(alone.standard_errors), rel=1e-3)
+    assert weighted.status is alone.status
+    with pytest.raises(InputError, match="too few"):
+        fitting.fit(paper, law, weights=np.eye(76)[0])
+
+
+@pytest.mark.parametrize("loss", ["huber", "log-huber"])
+def test_errors_of_robust_fits_are_of_the_size_of_the_estimates_scatter(paper, loss):
+    """Sixty simulated tables: the mean reported variance over the scatter of the estimates, chi-squared with 59 degrees."""
+    law = laws.get("chinchilla", "free")
+    truth = fitting.fit(paper, law)
+    estimates, errors = [], []
+    for seed in range(60):
+        noise = np.random.default_rng(seed).normal(0, 0.02, 76)
+        fit = fitting.fit(paper.assign(loss=truth.loss_predicted + noise), law, loss=loss)
+        estimates.append(fit.parameters["beta"])
+        errors.append(fit.standard_errors["beta"])
+    ratio = np.mean(np.square(errors)) / np.var(estimates, ddof=1)
+    # four standard deviations of a variance from 60 draws, sqrt(2 / 59) each, and the linearization
+    assert 1 / (1 + 4 * np.sqrt(2 / 59)) < ratio < 1 + 4 * np.sqrt(2 / 59) + 0.5
+
+
 def test_the_seed_decides_the_search_and_the_optimum_does_not_depend_on_it(paper):
     law = laws.get("inference-aware", "free")
     fits = [fitting.fit(paper, law, "fit_main", seed=seed) for seed in (1, 1, 2)]

@@ -78,8 +78,53 @@ FAULTS = {
         lambda t: t.drop(columns=["d_ff"]).assign(n_count=["total"] * 75 + ["non_embedding"]), "mixes conventions"),
     "count against shape": (lambda t: t.assign(n_params=2 * t["n_params"]), "row 2, column n_params"),
     "heads": (lambda t: t.assign(n_heads=7), "row 2: 7 heads"),
+    "kv heads without heads": (
+        lambda t: t.drop(columns="n_heads").assign(n_kv_heads=4), "column n_heads is missing"),
+    "a width beyond all": (lambda t: t.assign(d_model=1e25), "row 2, column d_model: 1e+25"),
     "no rows": (lambda t: t.head(0), "has no rows"),
 }  # fmt: skip
+
+
+ODD_FILES = {
+    "more fields than the header": ("name,n_params\na,1,2\nb,1,2\n", "more fields than the header"),
+    "more fields in one row": ("name,n_params\na,1\nb,1,2\n", "not a CSV table"),
+    "semicolons": ("name;n_params\na;1\n", "not separated by commas"),
+    "a column twice": ("name,loss,loss\na,1,2\n", "column loss is there twice"),
+    "an empty file": ("", "is not a CSV table"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_FILES)
+def test_an_odd_file_is_refused_and_not_shifted(tmp_path, odd):
+    content, message = ODD_FILES[odd]
+    path = tmp_path / "runs.csv"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        runs.load(path)
+
+
+def test_legal_variations_of_csv(paper, tmp_path):
+    """Spaces after commas, a byte-order mark, CRLF, quotes, a trailing comma, an ending that is no compression."""
+    text = paper[[*REQUIRED, "n_count"]].to_csv(index=False)
+    header, _, rows = text.partition("\n")
+    variations = {
+        "spaces.csv": text.replace(",", ", "),
+        "bom.csv": "\ufeff" + text,
+        "crlf.csv": text.replace("\n", "\r\n"),
+        "quotes.csv": paper[[*REQUIRED, "n_count"]].to_csv(index=False, quoting=1),
+        "trailing.csv": header + "\n" + rows.replace("\n", ",\n"),
+        "plain.zip": text,
+    }
+    for name, content in variations.items():
+        (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+        assert np.array_equal(runs.load(tmp_path / name)["n_params"], paper["n_params"]), name
+
+
+def test_columns_mapped_onto_others(paper, tmp_path):
+    path = written(paper.assign(final=paper["loss"] + 1), tmp_path / "runs.csv")
+    assert np.array_equal(runs.load(path, columns={"loss": "final"})["loss"], paper["loss"] + 1)
+    with pytest.raises(InputError, match="mapped to two names"):
+        runs.load(path, columns={"loss": "final", "name": "final"})
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -85,6 +85,11 @@ def test_defaults_are_printed_back(text, full):
     assert str(Shape.parse(text)) == full
 
 
+def test_names_of_runs_are_names_of_shapes(paper):
+    for row in paper.itertuples():
+        assert Shape.parse(row.name).n_params("total") == row.n_params
+
+
 def test_the_plain_ratio_stays_near_eight_thirds():
     for d_model in range(64, 4096, 8):
         assert plain_swiglu_width(d_model) % 8 == 0
@@ -116,8 +121,9 @@ def test_an_open_lm_configuration(tmp_path):
     config = {"hidden_dim": 3072, "n_layers": 12, "n_heads": 16, "seq_len": 2048, "vocab_size": 50432, "weight_tying": False}
     path.write_text(json.dumps(config))
     assert Shape.parse(str(path)).n_params("total") == 1_668_885_504
-    for broken in ("{", "[]", json.dumps({"hidden_dim": 3072}), json.dumps(config | {"n_layers": "twelve"}),
-                   json.dumps(config | {"post_embed_norm": True}), json.dumps(config | {"n_heads": 7})):  # fmt: skip
+    changes = ({"n_layers": "twelve"}, {"post_embed_norm": True}, {"n_heads": 7}, {"qk_norm": True},
+               {"weight_tying": "false"}, {"positional_embedding_type": "learned"}, {"ffn_type": "gelu"})  # fmt: skip
+    for broken in ("{", "[]", json.dumps({"hidden_dim": 3072}), *(json.dumps(config | change) for change in changes)):
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"config\.json"):
             Shape.parse(str(path))
