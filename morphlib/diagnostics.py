@@ -580,6 +580,9 @@ def _outliers(table: pd.DataFrame, fit: Fit) -> list[Finding]:
     rest = residual @ residual * (1 - leverage) - residual**2  # of the sum of squares, without the row, times 1 - leverage
     with np.errstate(divide="ignore", invalid="ignore"):
         studentized = np.where(rest > 0, residual * np.sqrt(freedom / rest), np.nan)
+    # a row so far off that it makes up the whole sum of squares leaves none to compare it with
+    alone = (rest <= 0) & (residual**2 > 0.5 * (residual @ residual)) & (residual @ residual > 0)
+    studentized[alone] = np.sign(residual[alone]) * np.inf
     limit = float(stdtrit(freedom, 1 - 0.025 / len(rows)))
     return [
         Finding("outlier", f"{run} is {t:+.1f} standard deviations off the law (limit {limit:.1f}).", (row,))

@@ -99,7 +99,7 @@ def test_the_report_says_what_is_odd(capsys, tmp_path, paper):
     table = paper[[*REQUIRED, "n_count"]]
     outlier = table.assign(loss=[*table["loss"][:-1], 30.0])
     result = fit_json(capsys, written(outlier, tmp_path / "outlier.csv"))
-    assert any("339M_v1" in sentence and "residual" in sentence for sentence in result["audit"])
+    assert any("339M_v1" in sentence and "standard deviations" in sentence for sentence in result["audit"])
     copies = pd.concat([table, table.assign(name=table["name"] + " again")])
     result = fit_json(capsys, written(copies, tmp_path / "copies.csv"))
     assert not result["verdict"]["identified"]
