@@ -383,7 +383,7 @@ def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> 
     result = _Searches(start.copy(), linear, sse, np.zeros(len(start), dtype=bool), np.zeros(len(start)))
     floor = 1e-28 * (problem.root_weights**2 @ problem.loss**2)[which]  # below it the residuals are rounding
     best_converged = np.full(len(problem.root_weights), np.inf)
-    damping, growth = np.full(len(start), 1e-3), np.full(len(start), 2.0)
+    damping, growth = np.full(len(start), 3e-2), np.full(len(start), 2.0)
     active = np.flatnonzero(np.isfinite(sse))
     residual, jacobian = residual[active], jacobian[:, active]
     identity = np.eye(start.shape[1])

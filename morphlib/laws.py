@@ -300,15 +300,14 @@ class Law:
     def basis(self, nonlinear_values: ArrayLike, variables: Values) -> tuple[list[Array], Callable[[Array], list[Array]]]:
         """The columns that the linear parameters multiply, and the slopes of the loss by the nonlinear ones.
 
-        For ``nonlinear_values`` of shape (..., m): one column of shape (..., n) for each of the k linear
-        parameters. The slopes are a function of the linear parameters, (..., k), with one array of shape
-        (..., n) for each nonlinear parameter.
+        For ``nonlinear_values`` of shape (..., m): one column for each of the k linear parameters, of a shape
+        that broadcasts to (..., n). The slopes are a function of the linear parameters, (..., k), with one
+        such array for each nonlinear parameter.
         """
         parameters = self.by_name(nonlinear_values, self.nonlinear)
         columns, by_exponent = self.base.columns(parameters, variables)
         factor, by_parameter = self.shape.evaluate(parameters, variables) if self.shape else (np.ones(1), {})
-        shape = (*np.shape(nonlinear_values)[:-1], len(variables[self.variables[0]]))
-        basis = [np.broadcast_to(column * factor, shape) for column in columns]
+        basis = [column * factor for column in columns]
 
         def slopes(linear: Array) -> list[Array]:
             result: dict[str, Array] = {}
@@ -320,7 +319,7 @@ class Law:
             for parameter, derivative in by_parameter.items():
                 name = self.free_name(parameter)
                 result[name] = result.get(name, 0.0) + base * derivative
-            return [np.broadcast_to(result[name], shape) for name in self.nonlinear]
+            return [result[name] for name in self.nonlinear]
 
         return basis, slopes
 
@@ -329,7 +328,8 @@ class Law:
         values = np.asarray(values, dtype=float)
         linear, nonlinear = values[..., : len(self.linear)], values[..., len(self.linear) :]
         basis, slopes = self.basis(nonlinear, variables)
-        return np.stack([*basis, *slopes(linear)], axis=-1)
+        batch = (*values.shape[:-1], len(variables[self.variables[0]]))
+        return np.stack([np.broadcast_to(column, batch) for column in (*basis, *slopes(linear))], axis=-1)
 
     def to_raw(self, values: ArrayLike, units: Mapping[str, float]) -> Array:
         """Parameters for raw variables, from those for variables divided by ``units``; shape (..., p) both.

@@ -149,8 +149,10 @@ def variables(table: pd.DataFrame) -> dict[str, Array]:
         "CM": 6 * d**2,
     }
     if "d_ff" in table:
-        kv_share = table["n_kv_heads"] / table["n_heads"] if {"n_kv_heads", "n_heads"} <= set(table.columns) else 1.0
-        values["M"] = (3 * table["d_ff"] / (2 * width * (1 + kv_share))).to_numpy(dtype=float)
+        kv_share = 1.0
+        if "n_kv_heads" in table and "n_heads" in table:
+            kv_share = table["n_kv_heads"].to_numpy(dtype=float) / table["n_heads"].to_numpy(dtype=float)
+        values["M"] = 3 * table["d_ff"].to_numpy(dtype=float) / (2 * width * (1 + kv_share))
     return values
 
 
