@@ -78,7 +78,8 @@ def test_the_basis_and_other_units_give_the_same_losses(law, seed):
     values = rng.uniform(0.1, 1.5, len(law.parameters))
     basis, _ = law.basis(values[len(law.linear) :], variables)
     loss = law.predict(values, variables)
-    assert np.allclose(np.stack(np.broadcast_arrays(*basis, variables["N"])[:-1], axis=-1) @ values[: len(law.linear)], loss, rtol=1e-13)
+    columns = np.stack(np.broadcast_arrays(*basis, variables["N"])[:-1], axis=-1)
+    assert np.allclose(columns @ values[: len(law.linear)], loss, rtol=1e-13)
     units = {name: float(np.exp(rng.normal(0, 3))) for name in variables}
     scaled = {name: column / units[name] for name, column in variables.items()}
     # a factor u^e of up to e^(3 x 1.5) leaves the rounding of a dozen operations
