@@ -338,7 +338,7 @@ def held_out_losses(
             held = folds.training[p] == 0
             predicted[held] = loss[held]
             status, _ = fitting.status_of(law, values, rows[training[p] == 1], bool(converged))
-            if status not in (Status.CONVERGED, Status.NEGATIVE):
+            if status not in SOUND:
                 undetermined[folds.labels[p]] = status.value
     held = (folds.training == 0).any(axis=0)
     fold = np.array(folds.labels, dtype=object)[(folds.training == 0).argmax(axis=0)]
