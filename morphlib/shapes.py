@@ -20,6 +20,11 @@ CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
 Norm = Literal["gain_only_layer_norm", "layer_norm", "rms_norm"]
 
+AttentionKind = Literal["MHA", "GQA", "MQA"]
+
+Bits = Literal[4, 8, 16, 32]
+BITS: tuple[Bits, ...] = get_args(Bits)
+
 GPT_NEOX_VOCABULARY = 50432  # GPT-NeoX-20B's tokenizer, padded, as the paper trains with
 
 _SPECIFICATION = re.compile(r"(?P<n_layers>\d+)x(?P<d_model>\d+)(?P<rest>(/.+)?)")
@@ -226,6 +231,58 @@ class Shape:
         if convention == "non_embedding":
             return total - groups["input_embedding"] - groups["output_head"]
         raise ValueError(f"{convention!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
+
+    @property
+    def attention_kind(self) -> AttentionKind:
+        """Multi-head, grouped-query or multi-query attention (Ainslie et al., arXiv 2305.13245, section 2.2)."""
+        if self.n_kv_heads == self.n_heads:
+            return "MHA"
+        return "MQA" if self.n_kv_heads == 1 else "GQA"
+
+    def weight_bytes(self, bits: Bits = 16, convention: Convention = "total") -> int:
+        """Bytes of the weights that ``convention`` counts, each of ``bits`` bits, without the scales of a quantizer.
+
+        A decode step reads those of ``without_input_embedding``: of the input table it reads one row per sequence.
+        """
+        return self.n_params(convention) * _known(bits) // 8
+
+    def kv_bytes_per_token(self, bits: Bits = 16, latent_width: int | None = None) -> int:
+        """Bytes that the cache of keys and values grows by with each token: 2 L n_kv head_size numbers.
+
+        With ``latent_width`` the attention is multi-head latent attention (MLA), which caches one vector per layer
+        for all heads: the compressed keys and values and the rotated key, 512 + 64 wide in DeepSeek-V2
+        (arXiv 2405.04434, section 2.1).
+        """
+        if latent_width is not None and latent_width < 1:
+            raise ValueError(f"the latent width is {latent_width}; give a whole number of at least 1")
+        width = 2 * self.n_kv_heads * self.head_size if latent_width is None else latent_width
+        return self.n_layers * width * _known(bits) // 8
+
+    def decode_flops_per_token(self, context: float) -> float:
+        """FLOPs for one more token that attends to ``context`` tokens, itself among them.
+
+        Two for each weight of a matrix, and 4 L d context for scores and weighted values: a third of the 6 N + 12 L H Q T
+        of a training step in PaLM (arXiv 2204.02311, appendix B).
+        """
+        groups = self.parameters_by_group()
+        matrices = groups["attention"] + groups["feed_forward"] + groups["output_head"]
+        return 2 * matrices + 4 * self.n_layers * self.d_model * context
+
+    def prefill_flops_per_token(self, in_tokens: int) -> float:
+        """Mean FLOPs per token of reading ``in_tokens`` tokens at once, up to the logits of the last token alone.
+
+        A token attends to (in_tokens + 1) / 2 tokens on average, itself among them.
+        """
+        if in_tokens < 1:
+            raise ValueError(f"in_tokens is {in_tokens}; give a whole number of at least 1")
+        head = 2 * self.parameters_by_group()["output_head"]
+        return self.decode_flops_per_token((in_tokens + 1) / 2) - head + head / in_tokens
+
+
+def _known(bits: int) -> int:
+    if bits not in BITS:
+        raise ValueError(f"{bits!r} bits are not counted; choose one of {', '.join(map(str, BITS))}")
+    return bits
 
 
 def paper_shapes() -> dict[str, Shape]:

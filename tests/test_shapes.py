@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from morphlib.shapes import CONVENTIONS, Shape, default_heads, paper_shapes, plain_swiglu_width, swiglu_width
+from morphlib.shapes import BITS, CONVENTIONS, Shape, default_heads, paper_shapes, plain_swiglu_width, swiglu_width
 
 
 @st.composite
@@ -127,3 +127,58 @@ def test_an_open_lm_configuration(tmp_path):
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"config\.json"):
             Shape.parse(str(path))
+
+
+@given(shapes(), st.sampled_from(BITS))
+def test_bytes_follow_the_counts_and_the_bits(shape, bits):
+    assert shape.weight_bytes(bits) == shape.n_params("total") * bits // 8
+    numbers = 2 * shape.n_layers * shape.n_kv_heads * shape.head_size
+    assert shape.kv_bytes_per_token(bits) == numbers * bits // 8
+    assert shape.kv_bytes_per_token(bits, latent_width=2 * shape.n_kv_heads * shape.head_size) == numbers * bits // 8
+
+
+@given(shapes(), st.integers(1, 4096))
+def test_a_prefill_is_its_tokens_one_by_one_without_their_logits(shape, in_tokens):
+    one_by_one = sum(shape.decode_flops_per_token(context) for context in range(1, in_tokens + 1))
+    logits = 2 * shape.vocab * shape.d_model * (in_tokens - 1)
+    assert shape.prefill_flops_per_token(in_tokens) * in_tokens == pytest.approx(one_by_one - logits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "latent_width", "published"),
+    [
+        ("32x4096/32h/32kv/11008ff/32000v", None, 524_288),  # Llama-2-7B
+        ("80x8192/64h/8kv/29568ff/152064v", None, 327_680),  # Qwen2.5-72B: arXiv 2505.09343, table 1, and the next two
+        ("126x16384/128h/8kv/53248ff/128256v", None, 516_096),  # Llama-3.1-405B
+        ("61x7168/128h/128kv/18432ff/129280v", 512 + 64, 70_272),  # DeepSeek-V3, multi-head latent attention
+    ],
+)
+def test_published_bytes_of_the_key_value_cache(shape, latent_width, published):
+    assert Shape.parse(shape).kv_bytes_per_token(16, latent_width) == published
+
+
+def test_weights_and_flops_of_llama_2_7b():
+    llama = Shape.parse("32x4096/32h/32kv/11008ff/32000v")
+    assert llama.weight_bytes() == 2 * 6_738_415_616
+    assert llama.weight_bytes(4, "without_input_embedding") == (6_738_415_616 - 32000 * 4096) // 2
+    matrices = 6_738_415_616 - 32000 * 4096 - (2 * 32 + 1) * 4096
+    assert llama.decode_flops_per_token(1000) == 2 * matrices + 4 * 32 * 4096 * 1000
+
+
+def test_attention_kinds():
+    kinds = {kv: Shape.parse(f"2x1024/16h/{kv}kv").attention_kind for kv in (1, 4, 16)}
+    assert kinds == {1: "MQA", 4: "GQA", 16: "MHA"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda shape: shape.weight_bytes(3),
+        lambda shape: shape.kv_bytes_per_token(64),
+        lambda shape: shape.kv_bytes_per_token(16, latent_width=0),
+        lambda shape: shape.prefill_flops_per_token(0),
+    ],
+)
+def test_what_cannot_be_counted_says_what_to_give(wrong):
+    with pytest.raises(ValueError, match=r"choose one of|give a whole number"):
+        wrong(Shape.parse("2x128"))

@@ -1,0 +1,230 @@
+"""The commands ``morph latency measure``, ``predict`` and ``calibrate``."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from morphlib.errors import InputError
+from morphlib.latency import hardware
+from morphlib.latency.engines import DTYPES, ENGINES, Configuration
+
+if TYPE_CHECKING:
+    from morphlib.latency.timing import Measurement
+
+MODES = ("eager", "compiled", "graph")
+TIMES = ("ttft_s", "tpot_s", "e2e_s")
+
+
+def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> None:
+    """Add ``latency`` and its own sub-commands to those of ``morph``."""
+    about = "Measure latency on this machine, or predict it for a GPU."
+    latency = commands.add_parser("latency", help="measure or predict latency", description=about).add_subparsers(
+        dest="subcommand", required=True, metavar="SUBCOMMAND", parser_class=parser_class
+    )
+    request = parser_class(add_help=False)
+    what = "LAYERSxWIDTH such as 12x3072, a bundled open model such as Llama-3.2-1B"
+    for name, unit in (("batch", "sequences"), ("in-tokens", "tokens of each prompt"), ("out-tokens", "tokens to write")):
+        request.add_argument(f"--{name}", type=int, metavar="N", help=unit)
+    request.add_argument("--json", action="store_true", help="print one JSON object")
+
+    about = "Time generation on this machine, each shape in a process of its own, in turn."
+    measure = latency.add_parser("measure", parents=[request], help="time generation on this machine", description=about)
+    measure.add_argument("--shape", action="append", metavar="SHAPE", help=f"{what}, or a folder with a model; may be repeated")
+    measure.add_argument("--engine", choices=ENGINES, help="(default: hf-eager)")
+    measure.add_argument("--dtype", choices=DTYPES, help="(default: bf16)")
+    measure.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto, CUDA where there is one)")
+    measure.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: one for each core)")
+    measure.add_argument("--protocol", metavar="NAME", help="lengths, sampling and repeats of one of the authors' scripts")
+    measure.add_argument("--one-by-one", action="store_true", help="do not hold all models in memory to time them in turn")
+    measure.add_argument("--quick", action="store_true", help="few runs and a wide interval")
+    measure.add_argument(
+        "--cap-seconds", type=float, metavar="S", help="stop after so long even if not converged (default: 90)"
+    )
+    measure.add_argument("--grid", type=Path, metavar="CSV", help="time the rows of this file, one by one, instead of --shape")
+    measure.add_argument("--record", type=Path, metavar="CSV", help="append each row to this file; skip what it holds already")
+    measure.set_defaults(run=_measure, show=_show)
+
+    about = "Predict latency from a shape and a GPU's specifications."
+    predict = latency.add_parser("predict", parents=[request], help="predict latency on a GPU", description=about)
+    predict.add_argument("--shape", action="append", required=True, metavar="SHAPE", help=f"{what}; may be repeated")
+    predict.add_argument("--gpu", action="append", metavar="GPU", help=f"{', '.join(hardware.GPUS)} or this; may be repeated")
+    predict.add_argument("--mode", choices=MODES, default="eager", help="(default: %(default)s)")
+    predict.add_argument("--weight-bits", type=int, choices=(4, 8, 16, 32), default=16, help="(default: %(default)s)")
+    predict.add_argument("--kv-bits", type=int, choices=(4, 8, 16, 32), help="(default: 16)")
+    launch = "cost of dispatching one operation on the host, in microseconds, with its interval"
+    predict.add_argument("--host-launch-us", type=_interval, metavar="VALUE[,LOW,HIGH]", help=launch)
+    predict.set_defaults(run=_predict, show=_show)
+
+    about = "Measure bandwidth, matrix throughput and launch cost of this machine, for --gpu this. Takes less than a minute."
+    calibrate = latency.add_parser("calibrate", help="measure this machine for --gpu this", description=about)
+    calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    calibrate.add_argument("--json", action="store_true", help="print one JSON object")
+    calibrate.set_defaults(run=_calibrate, show=_show_calibration)
+
+
+def _interval(text: str) -> hardware.Estimate:
+    try:
+        numbers = [float(part) * 1e-6 for part in text.split(",")]
+        value, low, high = numbers if len(numbers) == 3 else (numbers[0], numbers[0], numbers[0])
+        return hardware.Estimate(value, low, high, "given")
+    except (ValueError, IndexError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a cost; write VALUE or VALUE,LOW,HIGH with low <= value <= high"
+        ) from None
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    from morphlib.latency import timing
+
+    stopping, warm_up = timing.QUICK if arguments.quick else timing.Stopping(), None
+    given = {f.name: getattr(arguments, f.name, None) for f in fields(Configuration)}
+    settings: dict[str, Any] = {}
+    if arguments.protocol:
+        settings, stopping, warm_up = timing.protocol(arguments.protocol)
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if arguments.cap_seconds is not None:
+        stopping = replace(stopping, cap_s=arguments.cap_seconds)
+    if (arguments.grid is None) == (not arguments.shape):
+        raise InputError("say what to time: --shape, which may be repeated, or --grid with a file")
+    if arguments.grid:
+        planned = [Configuration(**row | settings) for row in _grid(arguments.grid)]
+    else:
+        planned = [Configuration(model=shape, **settings) for shape in arguments.shape]
+    held = timing.recorded(arguments.record) if arguments.record else set()
+    wanted = [c for c in planned if timing.key(c) not in held]
+    groups = [[c] for c in wanted] if arguments.grid or arguments.one_by_one else [wanted] * bool(wanted)
+    measured: list[Measurement] = []
+    for number, group in enumerate(groups, 1):
+        before = f"{number} of {len(groups)}: " if len(groups) > 1 else ""
+        found = timing.measure(group, stopping, warm_up=warm_up, progress=lambda line, before=before: _progress(before + line))  # type: ignore[misc]
+        measured += found
+        for m in found:
+            _progress("")
+            if m.error:
+                print(f"morph latency: {m.error}", file=sys.stderr)
+            elif arguments.record:
+                timing.append(arguments.record, m.row())
+    good = [m for m in measured if not m.error]
+    if measured and not good:
+        raise InputError(f"none of {len(measured)} configurations could be timed; the lines above say why")
+    result: dict[str, Any] = {"results": [_result(m) for m in good], "errors": [m.error for m in measured if m.error]}
+    if len(groups) == 1 and len(good) > 1:
+        first, *others = good
+        ratios = [timing.ratio_of_medians(m.samples("e2e_s"), first.samples("e2e_s")) for m in others]
+        for entry, ratio in zip(result["results"][1:], ratios, strict=True):
+            entry["ratio_to_first"] = _numbers(ratio)
+    return result | {"skipped": len(planned) - len(wanted)}
+
+
+def _grid(path: Path) -> list[dict[str, Any]]:
+    """The configurations of a file whose columns are those of ``Configuration`` that differ from its defaults."""
+    kinds = {f.name: f.type for f in fields(Configuration)}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a CSV file with the column model") from None
+    if not rows or not {"model"} <= rows[0].keys() <= kinds.keys():
+        raise InputError(f"{path}: its columns must be model and any of {', '.join(kinds)}; mend the header")
+    whole = {name for name, kind in kinds.items() if str(kind).startswith("int")}
+    for number, row in enumerate(rows, 2):
+        if bad := next((name for name, text in row.items() if name in whole and text and not text.isdigit()), None):
+            raise InputError(f"{path}: row {number}, column {bad}: {row[bad]} is not a whole number; mend it")
+    return [{name: int(text) if name in whole else text for name, text in row.items() if text} for row in rows]
+
+
+def _numbers(estimate: hardware.Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def _result(m: Measurement) -> dict[str, Any]:
+    from morphlib.latency.timing import median_interval
+
+    row = m.row()
+    names = {"shape": row["shape"] or row["model"], "device": row["hardware"], "engine": row["engine"], "kind": "measured"}
+    times = {name: _numbers(median_interval(m.samples(name))) for name in TIMES if m.samples(name).size}
+    return names | times | {name: value for name, value in row.items() if name not in names and name not in times}
+
+
+def _predict(arguments: argparse.Namespace) -> dict[str, Any]:
+    from morphlib.latency import analytic, models
+
+    lengths = {name: value for name in ("batch", "in_tokens", "out_tokens") if (value := getattr(arguments, name)) is not None}
+    results = []
+    for text in arguments.shape:
+        shape, architecture = models.shape_of(text)
+        for gpu in arguments.gpu or ["A100-40GB"]:
+            predicted = analytic.predict(
+                shape,
+                gpu,
+                arguments.mode,
+                weight_bits=arguments.weight_bits,
+                kv_bits=arguments.kv_bits,
+                host_launch_s=arguments.host_launch_us,
+                architecture=architecture,
+                **lengths,
+            )
+            times = {name: _numbers(getattr(predicted, name)) for name in TIMES}
+            names = {"shape": str(shape), "model": text, "gpu": predicted.gpu, "mode": predicted.mode, "kind": "predicted"}
+            results.append(names | times | {"decode_step": asdict(predicted.decode_step)})
+    return {"results": results}
+
+
+def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
+    _progress("measuring bandwidth, throughput and launch cost, about 40 seconds")
+    found = hardware.calibrate(arguments.device)
+    _progress("")
+    return found | {"path": str(hardware.calibration_path())}
+
+
+def _progress(line: str) -> None:
+    """One line that replaces the last, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def _show(result: dict[str, Any]) -> None:
+    rows = result["results"]
+    if not rows:
+        print(f"nothing to time: all {result['skipped']} configurations are in the file already")
+        return
+    width = max(len(row["shape"]) for row in rows) + 2
+    print(f"{'shape':<{width}}{'on':<20}{'by':<13}{'TTFT ms':>18}{'TPOT ms':>18}{'E2E s':>18}")
+    for row in rows:
+        times = "".join(_cell(row.get(name), 1 if name == "e2e_s" else 1e3) for name in TIMES)
+        print(f"{row['shape']:<{width}}{row.get('gpu') or row['device']:<20.19}{row.get('mode') or row['engine']:<13}{times}")
+    for line in _remarks(rows):
+        print(line)
+
+
+def _cell(numbers: dict[str, float] | None, scale: float) -> str:
+    if numbers is None:
+        return f"{'–':>18}"
+    half = max(numbers["high"] - numbers["value"], numbers["value"] - numbers["low"])
+    return f"{scale * numbers['value']:>9.4g} ±{scale * half:<7.2g}"
+
+
+def _remarks(rows: list[dict[str, Any]]) -> Iterable[str]:
+    """What a reader of measured rows must know."""
+    for row in (row for row in rows if row["kind"] == "measured"):
+        if not row["converged"]:
+            yield f"{row['shape']}: not converged after {row['n_runs']} runs, the median is known to {row['noise']:.1%}"
+        if row["disturbed"]:
+            yield f"{row['shape']}: other programs took {row['other_load']:.0%} of the machine; time it again when it is quiet"
+        if not row["ttft_agrees"]:
+            yield f"{row['shape']}: two measures of TTFT differ, {row['ttft_s']['value']:.4g} s and {row['ttft_alone_s']:.4g} s"
+        if "ratio_to_first" in row:
+            ratio = row["ratio_to_first"]
+            yield f"{row['shape']}: {ratio['value']:.3f} times the first ({ratio['low']:.3f} to {ratio['high']:.3f})"
+
+
+def _show_calibration(result: dict[str, Any]) -> None:
+    print(f"{result['hardware']}, stored in {result['path']}")
+    for name, estimate in result["estimates"].items():
+        print(f"{name:<18}{estimate['value']:>12.4g}   ({estimate['low']:.4g} to {estimate['high']:.4g})")

@@ -1,0 +1,354 @@
+"""The models that are timed: random weights of any shape, bundled open models, and checkpoints on disk.
+
+The authors' sweeps time Llama-type models of random weights (the configuration of Llama-2-7b with other
+sizes); how fast a model answers does not depend on what it has learned. Nothing here asks the network, and
+no code that comes with a model is run: configurations are read by the classes of transformers, weights from
+safetensors only.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import re
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from morphlib.errors import InputError
+from morphlib.shapes import Shape
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+INITIAL_STD = 0.02
+LLAMA_2_POSITIONS = 4096  # max_position_embeddings of Llama-2-7b, kept by the authors' sweeps
+_CONFIG_FIELDS = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "vocab": "vocab_size",
+    "tied": "tie_word_embeddings",
+}
+_TWO_MATRICES = {"opt", "gpt_neox", "gpt_neo"}  # in the feed-forward layer, where a Llama has three
+_UNSAFE_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"}
+_OF_WRONG_INPUT = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError)
+_HIDDEN_VIEWS = ("aten::_unsafe_view", "aten::detach_")  # the schema of these does not say that they only name memory anew
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that can be loaded: its ``name``, its transformers ``config``, and where its weights come from.
+
+    ``path`` is the folder of a real checkpoint; without one the weights are random. ``shape`` is there where a
+    shape was asked for. ``built_as`` is the architecture of transformers that is built, and says so where that
+    stands in for another. In the methods ``dtype`` is a key of DTYPES, and each raises ``InputError`` for a
+    configuration that transformers cannot build as a causal language model.
+    """
+
+    name: str
+    config: PretrainedConfig
+    path: Path | None = None
+    shape: Shape | None = None
+    built_as: str = "llama"
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest context in tokens, prompt and answer together; no limit for positions without a table (ALiBi)."""
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", sys.maxsize))
+
+    def n_params(self) -> int:
+        """Parameters of the model as built; a tied table counts once."""
+        return sum(weight.numel() for weight in self._without_storage("fp32").parameters())
+
+    def facts(self) -> dict[str, Any]:
+        """What a measurement records of the model: name, sizes (see `dimensions`), parameters, kind of weights."""
+        weights = {"built_as": self.built_as, "weights": "random" if self.path is None else "checkpoint"}
+        return {"model": self.name, **dimensions(self.config), "n_params": self.n_params(), **weights}
+
+    def memory_bytes(self, dtype: str, batch: int, context: int) -> int:
+        """Bytes that generating ``batch`` sequences of ``context`` tokens (prompt and answer) needs, foretold.
+
+        The weights and buffers, to the byte; the key-value cache at its full length (a sliding window is not
+        subtracted); and what is alive at once while the whole context is read: the widest point of a layer
+        (three rows of d_ff, the queries, keys and values, four rows of d_model), the scores twice in fp32 where
+        attention is not fused, and five fp32 rows of logits, which sampling sorts. Nothing is allocated. What
+        the libraries take for themselves is not in it.
+        """
+        model, sizes = self._without_storage(dtype), dimensions(self.config)
+        held = sum(t.numel() * t.element_size() for tensors in (model.parameters(), model.buffers()) for t in tensors)
+        key_value_row = 2 * sizes["n_kv_heads"] * sizes["head_size"]
+        widest_row = 3 * sizes["d_ff"] + sizes["n_heads"] * sizes["head_size"] + key_value_row + 4 * sizes["d_model"]
+        rows = context * (sizes["n_layers"] * key_value_row + widest_row) * model.dtype.itemsize
+        scores = 2 * 4 * sizes["n_heads"] * context**2 if model.config._attn_implementation == "eager" else 0
+        return held + batch * (rows + scores + 5 * 4 * sizes["vocab"])
+
+    def load(self, dtype: str, device: torch.device | str, *, seed: int = 0) -> PreTrainedModel:
+        """The model in ``dtype`` on the device, in evaluation mode, its logits checked to be finite.
+
+        Random weights are drawn on the device as transformers initializes them, with standard deviation 0.02:
+        matrices normal, biases 0, norms neutral; the same for the same seed and kind of device. Raises
+        ``InputError`` where the logits are not finite and where a checkpoint is not whole.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model: Any
+        if self.path is None:
+            model = self._without_storage(dtype)
+            model.to_empty(device=device)
+            model.tie_weights()  # before they are drawn: leaving the meta device has untied them
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model.init_weights()  # fills the buffers too (rotary frequencies, masks): they are empty memory until then
+        else:
+            with _refusing(f"{self.path}: transformers cannot read the checkpoint", "give a whole one"):
+                read: Any = AutoModelForCausalLM.from_pretrained(
+                    self.path,
+                    config=copy.deepcopy(self.config),
+                    dtype=getattr(torch, DTYPES[dtype]),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
+                model, missing = read[0], read[1]["missing_keys"]
+                if missing:  # transformers has drawn these at random
+                    raise ValueError(f"weights missing from it, such as {min(missing)}")
+            model.to(device)
+        with torch.inference_mode():
+            logits = model.eval()(torch.zeros(1, 8, dtype=torch.long, device=device)).logits
+        if not torch.isfinite(logits).all():
+            raise InputError(f"{self.name}: the logits are not finite in {dtype}; choose another dtype")
+        return model
+
+    def _without_storage(self, dtype: str) -> PreTrainedModel:
+        import torch
+
+        with torch.device("meta"):
+            return self._instance(dtype)
+
+    def _instance(self, dtype: str) -> PreTrainedModel:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        config = copy.deepcopy(self.config)  # transformers notes the dtype in it
+        for part in (config, config.get_text_config()):
+            for field in ("initializer_range", "init_std"):
+                if hasattr(part, field):
+                    setattr(part, field, INITIAL_STD)
+        with _refusing(f"{self.name}: cannot be built as a causal language model", "mend its configuration"):
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES[dtype]))
+
+
+@contextmanager
+def _refusing(what: str, advice: str) -> Iterator[None]:
+    """Turns what transformers raises for a wrong file or configuration into one line."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (*_OF_WRONG_INPUT, SafetensorError, StrictDataclassError) as error:
+        raise InputError(f"{what} ({textwrap.shorten(str(error), 300)}); {advice}") from None
+
+
+def config_of(shape: Shape) -> PretrainedConfig:
+    """The configuration of Llama-2-7b with the sizes of the shape, as in the authors' latency sweeps.
+
+    Raises ``InputError`` for a head size that is odd. Source: open-lm-morph@1872be3
+    ``inference/measure_latency_variants_hf_1b.py``; theirs have Llama's vocabulary of 32000 and untied tables.
+    """
+    from transformers import LlamaConfig
+
+    if shape.head_size % 2:
+        raise InputError(f"{shape}: the head size {shape.head_size} is odd, and rotary positions halve it; choose other heads")
+    sizes = {theirs: getattr(shape, ours) for ours, theirs in _CONFIG_FIELDS.items()}
+    return LlamaConfig(**sizes, max_position_embeddings=LLAMA_2_POSITIONS, rms_norm_eps=1e-5)
+
+
+def open_models() -> pd.DataFrame:
+    """The bundled configurations, indexed by name; ``data/README.md`` explains the columns."""
+    with resources.files("morphlib").joinpath("data/open_models.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file, index_col="name", keep_default_na=False)
+
+
+def resolve(text: str) -> Model:
+    """The model that a user names.
+
+    ``text`` is the name of a bundled open model or the last part of it, in any case; a folder as of Hugging Face
+    (a checkpoint if it holds safetensors, else random weights for its ``config.json``); such a configuration as a
+    ``.json`` file; or what `Shape.parse` reads. Raises ``InputError`` for anything else, saying what can be given.
+    """
+    from transformers import AutoConfig
+
+    path, row = Path(text), _bundled(text)
+    if row is None and _is_on_disk(path):
+        return _from_disk(path)
+    if row is None:
+        shape = _parsed(text)
+        return Model(name=path.name if path.suffix == ".json" else text, config=config_of(shape), shape=shape)
+    sizes = {theirs: row[ours] for ours, theirs in _CONFIG_FIELDS.items()}
+    sizes |= {"head_dim": row["head_size"], "max_position_embeddings": row["max_tokens"]}
+    config = AutoConfig.for_model(row["model_type"], **sizes, **json.loads(row["other_fields"] or "{}"))
+    stand_in = "" if row["architecture"] == row["model_type"] else f", standing in for {row['architecture']}"
+    return Model(name=row["name"], config=config, built_as=row["model_type"] + stand_in)
+
+
+def shape_of(text: str) -> tuple[Shape, str]:
+    """The shape of what a user names (see `resolve`) for a prediction, and the architecture that runs it.
+
+    Neither torch nor transformers is loaded, but for a configuration on disk. A specification is a Llama, as it is
+    built here. Bytes of weights and FLOPs of matrices are those of the model: where the feed-forward layer has two
+    matrices and not three, its width is given as 2/3 of itself, and where the heads do not make up the width (Gemma),
+    that of the feed-forward layer is changed by the difference. Raises ``InputError`` as `resolve`.
+    """
+    path, row = Path(text), _bundled(text)
+    if row is None and _is_on_disk(path):
+        config = _from_disk(path).config
+        row = dimensions(config) | {"architecture": config.model_type}
+    if row is None:
+        return _parsed(text), "llama"
+    width = row["d_ff"] * 2 // 3 if row["architecture"] in _TWO_MATRICES else row["d_ff"]
+    # what heads that do not make up the width read more or less than those that do, the feed-forward layer stands in for
+    beyond = row["head_size"] - row["d_model"] // row["n_heads"]
+    width += 2 * beyond * (row["n_heads"] + row["n_kv_heads"]) // 3
+    sizes = {field: row[field] for field in _CONFIG_FIELDS} | {"d_ff": width}
+    # MiniCPM dispatches what a Llama does and a few multiplications, which nobody has counted
+    return Shape(**sizes), "llama" if row["architecture"] == "minicpm" else row["architecture"]
+
+
+def _bundled(text: str) -> dict[str, Any] | None:
+    for row in open_models().reset_index().to_dict("records"):
+        if text.lower() in (row["name"].lower(), row["name"].lower().rpartition("/")[2]):
+            return {str(field): value for field, value in row.items()}
+    return None
+
+
+def _parsed(text: str) -> Shape:
+    try:
+        return Shape.parse(text)
+    except ValueError as error:
+        if re.match(r"\d+x\d|.*\.json$", text):
+            raise InputError(str(error)) from None
+        names = ", ".join(name.rpartition("/")[2] for name in open_models().index)
+        raise InputError(f"{error}; or give a checkpoint's folder, a config.json or an open model: {names}") from None
+
+
+def _is_on_disk(path: Path) -> bool:
+    """Whether it is a configuration as of Hugging Face; a JSON file without a model type is Open-LM's."""
+    if path.is_dir():
+        return (path / "config.json").is_file()
+    return path.suffix == ".json" and path.is_file() and b'"model_type"' in path.read_bytes()
+
+
+def _from_disk(path: Path) -> Model:
+    from transformers import AutoConfig
+
+    with _refusing(f"{path}: transformers cannot read its configuration", "give a config.json of a type it knows"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # a configuration can ask for kernels from the Hub, which are code: of attention by name, of quantizers unasked
+    config._attn_implementation = None
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{path}: is quantized, which is not timed here; give a checkpoint in bf16, fp16 or fp32")
+    suffixes = {file.suffix for file in path.iterdir()} if path.is_dir() else set()
+    checkpoint = path if ".safetensors" in suffixes else None
+    if checkpoint is None and (unsafe := suffixes & _UNSAFE_WEIGHTS):
+        raise InputError(f"{path}: reading a {min(unsafe)} file could run code that is in it; convert it to safetensors")
+    name = (path.parent if path.name == "config.json" else path).resolve().name
+    return Model(name=name, config=config, path=checkpoint, built_as=config.model_type)
+
+
+def dimensions(config: PretrainedConfig) -> dict[str, Any]:
+    """The sizes of a configuration under the names of `Shape`; whole numbers, ``tied`` a bool.
+
+    ``head_size`` stands for itself: in some models (Gemma) it is not d_model / n_heads. Raises ``InputError``
+    for a configuration that has no width, depth or heads.
+    """
+    text = config.get_text_config()
+    missing = [field for field in list(_CONFIG_FIELDS.values())[:3] if not isinstance(getattr(text, field, None), int)]
+    if missing:
+        raise InputError(f"a {config.model_type} has no {', '.join(missing)}; give a decoder-only transformer")
+    return {
+        "d_model": text.hidden_size,
+        "n_layers": text.num_hidden_layers,
+        "n_heads": text.num_attention_heads,
+        "n_kv_heads": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        "head_size": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        # OPT calls it ffn_dim; GPT-2 and GPT-Neo leave it out where it is four times the width
+        "d_ff": getattr(text, "ffn_dim", None) or getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        "vocab": text.vocab_size,
+        "tied": bool(text.tie_word_embeddings),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Operations of one decode step that do work, and apart from them the views, which only name memory anew.
+
+    ``per_layer`` and ``views_per_layer`` are means over the layers; the other two are what is left over.
+    """
+
+    per_layer: float
+    outside: int
+    views_per_layer: float
+    views_outside: int
+
+
+def count_operations(model: Model) -> Operations:
+    """The aten operations that the model dispatches for one token with a key-value cache, in bf16.
+
+    Counted from the model itself at its full size, on fake tensors of the CPU: every operation is dispatched as
+    on the CPU, and none computes. These are aten operations, not CUDA kernels, which only a trace on a GPU
+    shows. The forward pass alone is counted, without sampling, with the attention that transformers chooses.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counts: Counter[tuple[bool, bool]] = Counter()
+    now = {"in_layer": False}
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "aten":  # fake tensors also ask for their device, which is no operation
+                counts[now["in_layer"], func.is_view or func.name() in _HIDDEN_VIEWS] += 1
+            return func(*args, **(kwargs or {}))
+
+    n_layers = dimensions(model.config)["n_layers"]
+    with FakeTensorMode(), torch.no_grad():
+        built: Any = model._instance("bf16").eval()
+        lists = (m for m in built.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers)
+        for layer in next(lists):
+            layer.register_forward_pre_hook(lambda *_: now.update(in_layer=True))
+            layer.register_forward_hook(lambda *_: now.update(in_layer=False))
+        prompt, token = torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
+        cache = built(prompt, use_cache=True).past_key_values
+        with Counting():
+            built(token, past_key_values=cache, use_cache=True)
+    return Operations(
+        per_layer=counts[True, False] / n_layers,
+        outside=counts[False, False],
+        views_per_layer=counts[True, True] / n_layers,
+        views_outside=counts[False, True],
+    )
+
+
+def cpu_name() -> str:
+    """The name of this machine's processor, as its system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE) if cpuinfo.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()

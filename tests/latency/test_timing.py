@@ -1,0 +1,226 @@
+"""The harness: definitions of the times, when it stops, what it compares, and rows that outlive a kill."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from morphlib.errors import InputError
+from morphlib.latency import timing
+from morphlib.latency.engines import Configuration
+from morphlib.latency.timing import Measurement, Stopping
+
+TINY = "2x64/1h/1kv/128ff/256v"
+times = arrays(float, st.integers(2, 30), elements=st.floats(1e-4, 1e3))
+
+
+def measurement(token_times: np.ndarray, after_last: float = 0.0) -> Measurement:
+    """Generations whose tokens came at the given times, shape (runs, tokens)."""
+    c = Configuration(model=TINY, out_tokens=token_times.shape[1], batch=2)
+    return Measurement(c, e2e_s=list(token_times[:, -1] + after_last), token_times_s=list(token_times))
+
+
+def test_the_times_are_what_the_definitions_say():
+    # first token after 0.5 s, then gaps of 0.1, 0.2 and 0.3 s, and 0.04 s until the call returns
+    m = measurement(np.array([[0.5, 0.6, 0.8, 1.1]]), after_last=0.04)
+    assert m.samples("ttft_s") == pytest.approx([0.5])
+    assert m.samples("itl_s") == pytest.approx([0.1, 0.2, 0.3])
+    assert m.samples("tpot_s") == pytest.approx([(1.14 - 0.5) / 3])
+    assert m.samples("e2e_s") == pytest.approx([1.14])
+
+
+@given(arrays(float, (3, 5), elements=st.floats(1e-3, 10)))
+def test_ttft_and_tpot_add_up_to_e2e(gaps):
+    m = measurement(np.cumsum(gaps, axis=1))
+    assert m.samples("ttft_s") + 4 * m.samples("tpot_s") == pytest.approx(m.samples("e2e_s"))
+
+
+def test_one_token_has_no_time_per_further_token():
+    m = measurement(np.array([[0.5], [0.6]]))
+    assert m.samples("tpot_s").size == m.samples("itl_s").size == 0
+    assert np.isnan(m.row()["tpot_s"]) if m.facts else True
+
+
+@given(times, st.floats(1e-3, 1e3))
+def test_noise_has_no_unit(values, unit):
+    assert timing.relative_noise(values * unit) == pytest.approx(timing.relative_noise(values), rel=1e-9, abs=1e-12)
+
+
+def test_noise_is_the_standard_error_of_the_median():
+    rng = np.random.default_rng(0)
+    samples = rng.normal(10.0, 0.3, (4000, 25))
+    seen = np.median(samples, axis=1).std() / 10
+    said = np.median([timing.relative_noise(sample) for sample in samples])
+    # 4,000 medians give their deviation to 1.1 %; the quartiles of 25 values are biased by a few percent
+    assert said == pytest.approx(seen, rel=0.1)
+    assert timing.relative_noise(np.ones(1)) == np.inf
+
+
+def test_the_interval_of_a_ratio_of_medians_holds_the_truth():
+    rng = np.random.default_rng(1)
+    held = 0
+    for seed in range(200):
+        a, b = rng.lognormal(np.log(1.8), 0.05, 20), rng.lognormal(0.0, 0.05, 20)
+        interval = timing.ratio_of_medians(a, b, 400, seed)
+        held += interval.low <= 1.8 <= interval.high
+    # a percentile interval of medians of 20 holds 95 % a little too rarely; three standard errors of 200 trials are 4.6 %
+    assert held / 200 > 0.87
+
+
+@given(times, times)
+def test_a_ratio_turned_over_is_its_inverse(a, b):
+    one, other = timing.ratio_of_medians(a, b, 50), timing.ratio_of_medians(b, a, 50)
+    assert one.value * other.value == pytest.approx(1)
+    assert one.low <= one.value <= one.high
+
+
+def test_it_stops_when_all_three_conditions_hold_and_not_before():
+    stopping = Stopping(min_runs=10, min_s=10.0, noise=0.005, cap_s=90.0)
+    assert stopping.enough([1.0] * 10)
+    assert not stopping.enough([1.0] * 9)
+    assert not stopping.enough([0.9] * 10)
+    assert not stopping.enough([1.0, 1.2] * 10)
+    assert stopping.over([30.0] * 3)
+    assert not stopping.over([60.0] * 2)  # three runs even of the slowest model
+
+
+def test_the_two_measures_of_ttft_must_agree():
+    m = measurement(np.tile([0.5, 0.6], (10, 1)))
+    m.ttft_alone_s = [0.505] * 5
+    assert m.ttft_agrees
+    m.ttft_alone_s = [0.6] * 5
+    assert not m.ttft_agrees
+
+
+@pytest.fixture
+def row() -> dict:
+    m = measurement(np.array([[0.5, 0.6, 0.8], [0.5, 0.7, 0.9], [0.4, 0.6, 0.8]]))
+    m.other_load = 0.01
+    sizes = {"d_model": 64, "n_layers": 2, "n_heads": 1, "n_kv_heads": 1, "head_size": 64, "d_ff": 128, "vocab": 256}
+    m.facts = sizes | {"tied": False, "built_as": "llama", "hardware": "x, y"}
+    return m.row()
+
+
+def test_a_row_tells_the_samples(row):
+    assert row["n_runs"] == 3
+    assert row["e2e_s"] == pytest.approx(0.8)
+    assert (row["e2e_s_p5"], row["e2e_s_p95"]) == pytest.approx(tuple(np.percentile([0.8, 0.9, 0.8], (5, 95))))
+    assert row["shape"] == TINY
+    assert row["kv_bytes_per_token"] == 2 * 2 * 64 * 2
+    assert row["tokens_per_s"] == pytest.approx(2 * 3 / 0.8)
+    assert set(row) == set(timing.COLUMNS)
+
+
+def test_rows_are_appended_and_read_back(tmp_path, row):
+    path = tmp_path / "rows.csv"
+    for seed in range(3):
+        timing.append(path, row | {"seed": seed})
+    table = timing.load(path)
+    assert list(table["seed"]) == [0, 1, 2]
+    assert set(table["hardware"]) == {"x, y"}
+    c = Configuration(model=TINY, out_tokens=3, batch=2)
+    assert timing.key(c) in timing.recorded(path)
+    assert timing.recorded(tmp_path / "none.csv") == set()
+
+
+@given(cut=st.integers(1, 400))
+def test_what_a_kill_left_of_a_row_is_removed(tmp_path_factory, row_text, cut):
+    path = tmp_path_factory.mktemp("cut") / "rows.csv"
+    header, line, row = row_text
+    path.write_text(header + line + line[: min(cut, len(line) - 1)], encoding="utf-8")
+    timing.append(path, row)
+    assert path.read_text(encoding="utf-8") == header + line + line
+
+
+@pytest.fixture(scope="module")
+def row_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("row") / "rows.csv"
+    row = dict.fromkeys(timing.COLUMNS, "x") | {"hardware": "a, b"}
+    timing.append(path, row)
+    header, line = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return header, line, row
+
+
+def _append_many(path: Path, mark: str) -> None:
+    for _ in range(20):
+        timing.append(path, dict.fromkeys(timing.COLUMNS, mark))
+
+
+def test_two_processes_may_append_at_once(tmp_path):
+    path = tmp_path / "rows.csv"
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.starmap(_append_many, [(path, "a"), (path, "b")])
+    table = pd.read_csv(path)
+    assert len(table) == 40
+    assert (table["model"].to_numpy() == table["date"].to_numpy()).all()  # no two rows are mixed
+
+
+def test_another_table_is_not_written_into(tmp_path, row):
+    path = tmp_path / "runs.csv"
+    path.write_text("name,loss\na,1\n", encoding="utf-8")
+    with pytest.raises(InputError, match="not a table of measurements"):
+        timing.append(path, row)
+    with pytest.raises(InputError, match="not a table of measurements"):
+        timing.load(path)
+    assert path.read_text(encoding="utf-8") == "name,loss\na,1\n"
+
+
+def test_a_disturbed_row_is_measured_again_and_the_quieter_one_read(tmp_path, row):
+    path = tmp_path / "rows.csv"
+    timing.append(path, row | {"disturbed": 1, "other_load": 0.5, "e2e_s": 9.0})
+    assert timing.recorded(path) == set()
+    timing.append(path, row | {"disturbed": 0, "other_load": 0.01, "e2e_s": 1.0})
+    assert len(timing.recorded(path)) == 1
+    assert list(timing.load(path)["e2e_s"]) == [1.0]
+
+
+@pytest.mark.parametrize("name", timing.protocols())
+def test_every_protocol_of_the_authors_is_a_preset(name):
+    settings, stopping, warm_up = timing.protocol(name)
+    c = Configuration(model=TINY, **settings)
+    assert c.temperature == 0.8 and c.top_p == 0.95 and stopping.min_runs == 5
+    assert warm_up[1] == 5
+
+
+def test_an_unknown_protocol_lists_the_known():
+    with pytest.raises(InputError, match="choose one of"):
+        timing.protocol("mine")
+
+
+def test_configurations_run_in_turn_and_a_failing_one_does_not_stop_the_other():
+    common = {"dtype": "fp32", "device": "cpu", "in_tokens": 8, "out_tokens": 4, "threads": 1}
+    planned = [Configuration(model=TINY, **common), Configuration(model="400x20480", **common)]
+    good, bad = timing.measure(planned, Stopping(min_runs=3, min_s=0.0, noise=np.inf))
+    assert bad.error is not None and "GB of memory" in bad.error and not bad.e2e_s
+    assert good.error is None and len(good.e2e_s) == 3 and good.converged
+    assert np.shape(good.token_times_s) == (3, 4)
+    assert (np.diff(good.token_times_s, axis=1) > 0).all()
+    assert (np.array(good.e2e_s) >= np.array(good.token_times_s)[:, -1]).all()
+    row = good.row()
+    assert row["n_params"] == 2 * 256 * 64 + 2 * (4 * 64**2 + 3 * 64 * 128 + 2 * 64) + 64
+    assert row["ran_on"] == "cpu" and row["shape"] == TINY
+
+
+def test_load_by_others_on_the_same_cores_is_seen():
+    class Idle:
+        configuration = Configuration(model=TINY, threads=1)
+        process = type("P", (), {"pid": os.getpid()})
+
+    load = timing._Load([Idle()])
+    busy = subprocess.Popen(
+        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {Idle.configuration.cores})\nwhile True: pass"]
+    )
+    time.sleep(1.5)
+    busy.kill()
+    busy.wait()
+    here, _ = load.others()
+    assert here > 0.25  # it had at least half of the core for most of the time
