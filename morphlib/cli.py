@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from morphlib import __version__, laws
 from morphlib.errors import InputError
+from morphlib.latency import commands as latency
 from morphlib.shapes import CONVENTIONS, Convention
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     aim.add_argument("--target", metavar="CSV", help="runs whose predicted loss shall become surer")
     aim.add_argument("--parameter", metavar="NAME", help="the parameter that shall become surer")
     design.set_defaults(run=_design, show=_show_rows("candidates"))
+    latency.add_commands(commands, _Parser)
     return parser
 
 
@@ -318,4 +320,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
-    return 0
+    return 2 if result.get("errors") else 0

@@ -22,12 +22,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from morphlib.errors import InputError
 from morphlib.shapes import Shape
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -182,6 +181,8 @@ def config_of(shape: Shape) -> PretrainedConfig:
 
 def open_models() -> pd.DataFrame:
     """The bundled configurations, indexed by name; ``data/README.md`` explains the columns."""
+    import pandas as pd
+
     with resources.files("morphlib").joinpath("data/open_models.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file, index_col="name", keep_default_na=False)
 
