@@ -1,13 +1,14 @@
 # make book   the book, in _build/html
 # make test   lint, types, every notebook at the smoke preset, the book without warnings, all tests
-# Both install what they need into .venv first. PYTHON and PRESET can be set: make book PRESET=smoke.
+# make latency  calibrate this machine, time three small shapes on it, and draw them in the book's figures
+# They install what they need into .venv first. PYTHON and PRESET can be set: make book PRESET=smoke.
 
 PYTHON ?= python3
 PRESET ?= laptop
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: book test lock clean
+.PHONY: book test latency lock clean
 
 book: $(VENV)/installed
 	@python -m morphlib.pipeline snakemake publish --cores all --quiet rules --config preset=$(PRESET)
@@ -19,6 +20,12 @@ test: $(VENV)/installed
 	mypy
 	python -m morphlib.pipeline snakemake --cores all --quiet rules --config preset=smoke
 	pytest
+
+latency: $(VENV)/installed
+	rm -f _build/own_latency.csv
+	morph latency calibrate
+	morph latency measure --shape 24x384/8192v --shape 12x576/8192v --shape 4x960/8192v --quick --record _build/own_latency.csv
+	@$(MAKE) --no-print-directory book
 
 # The stamp is written last, so that an interrupted installation is taken up again.
 $(VENV)/installed: requirements.lock pyproject.toml

@@ -3,6 +3,7 @@
 #   make book                          every notebook at the laptop preset, then _build/html
 #   snakemake -n                       what would run, and why
 #   snakemake --config preset=smoke    another preset; its pages lie in _build/PRESET/html
+#   snakemake latency_cpu --cores all  time the shapes of the recorded grid anew: hours, on an otherwise idle machine
 
 from pathlib import Path
 
@@ -13,6 +14,8 @@ PRESET = config.get("preset", "laptop")
 NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
 CODE = sorted(map(str, Path("morphlib").rglob("*.py")))
 DATA = sorted(map(str, Path("morphlib/data").glob("*.csv")))
+TIMING = ("01_latency_motivation", "02_latency_and_shape")  # they measure, and must be alone on the machine
+OWN_ROWS = Path("_build/own_latency.csv")  # what `make latency` measured
 
 if PRESET not in PRESETS:
     raise WorkflowError(f"no preset {PRESET!r} in notebooks/presets.yml; choose one of {', '.join(PRESETS)}")
@@ -46,12 +49,13 @@ rule execute:
     input:
         CODE,
         DATA,
+        lambda wildcards: [str(OWN_ROWS)] if wildcards.notebook in TIMING and OWN_ROWS.exists() else [],
         notebook="notebooks/{notebook}.ipynb",
     output:
         update("_build/{preset}/tree/notebooks/{notebook}.ipynb"),
     params:
         parameters=lambda wildcards: PRESETS[wildcards.preset].get(wildcards.notebook, {}),
-    threads: 1
+    threads: lambda wildcards: workflow.cores if wildcards.notebook in TIMING else 1
     shell:
         "python -m morphlib.pipeline execute {input.notebook} {output} --preset {wildcards.preset}"
 
@@ -68,3 +72,14 @@ rule html:
         directory("_build/{preset}/html"),
     shell:
         "python -m morphlib.pipeline book _build/{wildcards.preset}/tree {output}"
+
+
+rule latency_cpu:
+    """The recorded timings of a CPU. Rows that are there and were not disturbed stay; a killed run is taken up again."""
+    input:
+        "morphlib/data/latency_grid.csv",
+    output:
+        touch("_build/latency_cpu.done"),
+    threads: workflow.cores
+    shell:
+        "morph latency measure --grid {input} --record morphlib/data/latency_cpu.csv --cap-seconds 15"

@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--published", action="store_true", help="fit exactly as the authors' code does")
     fit.add_argument("--allow-negative", action="store_true", help="let coefficients fall below zero")
+    fit.add_argument("--weights", metavar="COLUMN", help="weights of the squared residuals, at least zero (default: equal)")
     fit.add_argument("--loss", choices=_LOSSES, default="squared", help="log-huber is of ln L (default: %(default)s)")
     fit.add_argument("--bootstrap", type=_number(2), metavar="N", help="refit N resamples and report 95 %% intervals")
     fit.add_argument("--cluster", metavar="COLUMN", help="rows with one value of this column, such as name, share errors")
@@ -149,12 +150,14 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
 
     table = _load(arguments)
     law = laws.get(arguments.law, arguments.exponents)
+    weights = _weights(table, arguments.weights) if arguments.weights else None
     if arguments.published:
-        if arguments.loss != "squared":
-            raise InputError("the authors fitted squared residuals; leave out --loss or --published")
+        if arguments.loss != "squared" or arguments.weights:
+            raise InputError("the authors fitted squared residuals of equal weight; leave out --loss, --weights or --published")
         fit = fitting.fit_published(table, law, arguments.fit_on)
     else:
-        fit = fitting.fit(table, law, arguments.fit_on, loss=arguments.loss, positive=not arguments.allow_negative)
+        positive = not arguments.allow_negative
+        fit = fitting.fit(table, law, arguments.fit_on, positive=positive, weights=weights, loss=arguments.loss)
     metrics = {use: asdict(value) for use, value in diagnostics.metrics_by_use(table, fit).items()}
     for values in metrics.values():
         values["mape"] = values.pop("mape_pct")
@@ -173,7 +176,7 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
         "verdict": _verdict(table, fit),
         # residuals say which rows stand out only where the fit is that of their squares
         "audit": [f.sentence for f in diagnostics.audit(table, fit if arguments.loss == "squared" else None)],
-        "shapes_left_out": _shapes_left_out(table, law, arguments.fit_on),
+        "shapes_left_out": _shapes_left_out(table, law, arguments.fit_on, weights),
     }
     intervals = _intervals(arguments, table, fit)
     if intervals is not None:
@@ -196,12 +199,23 @@ def _verdict(table: pd.DataFrame, fit: Fit) -> dict[str, Any]:
     return {"identified": verdict.identified, "sentences": list(verdict.sentences)}
 
 
-def _shapes_left_out(table: pd.DataFrame, law: laws.Law, fit_on: str | None) -> dict[str, Any] | None:
+def _weights(table: pd.DataFrame, column: str) -> laws.Array:
+    """A column as numbers; what is no number is NaN, which the fit refuses."""
+    import pandas as pd
+
+    if column not in table:
+        raise InputError(f"the table has no column {column!r} of weights; it has {', '.join(table.columns)}")
+    return pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
+
+
+def _shapes_left_out(
+    table: pd.DataFrame, law: laws.Law, fit_on: str | None, weights: laws.Array | None
+) -> dict[str, Any] | None:
     """Errors over rows predicted without their shape; None where leaving shapes out leaves too little."""
     from morphlib import diagnostics
 
     try:
-        errors = diagnostics.held_out_losses(table, law, "shape", fit_on).metrics
+        errors = diagnostics.held_out_losses(table, law, "shape", fit_on, weights=weights).metrics
     except InputError:
         return None
     return {"n": errors.n, "rmse": errors.rmse, "mape": errors.mape_pct}

@@ -117,14 +117,14 @@ class Verdict:
 def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
     """Whether the fitted rows determine each parameter of the law, and which runs would cure it if not.
 
-    The rows are taken as unweighted, of independent and equal noise. Raises ``InputError`` where the
-    fit is of another table.
+    The rows are taken to have independent noise, of one size over the root of the fit's weights. Raises
+    ``InputError`` where the fit is of another table.
     """
     rows, law = fit.rows(table), fit.law
-    values, jacobian = fitting.scaled_jacobian(law, fit.values, rows, rows)
+    values = fitting.scaled_jacobian(law, fit.values, rows, rows)[0]
     variables = {name: runs.variables(rows)[name] for name in _read_variables(law)}
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        covariance = fitting.covariance_of(jacobian, rows["loss"].to_numpy() - fit.loss_predicted[fit.fitted])
+        covariance = fitting.covariance_of(fit.scaled_jacobian(table), fit.residuals(table))
         errors = np.sqrt(np.diag(covariance))
         correlation = covariance / np.outer(errors, errors)
     names = law.parameters
@@ -311,33 +311,43 @@ def shape_numbers(table: pd.DataFrame) -> np.ndarray:
 
 
 def held_out_losses(
-    table: pd.DataFrame, law: Law, holdout: Holdout, fit_on: str | None = None, *, n_starts: int = 8, seed: int = 0
+    table: pd.DataFrame,
+    law: Law,
+    holdout: Holdout,
+    fit_on: str | None = None,
+    *,
+    weights: Array | None = None,
+    n_starts: int = 8,
+    seed: int = 0,
 ) -> HeldOut:
     """The loss of every held-out row, predicted by the fit that did not see it.
 
-    Only rows that the 0/1 column ``fit_on`` marks train (all without it); every row of a fold is
-    predicted, marked or not. All folds are fitted at once, from ``n_starts`` random starts and the
-    optimum of all training rows, which is only one more place to start from.
+    Only rows that the 0/1 column ``fit_on`` marks train (all without it), with ``weights`` as in
+    ``fitting.fit``; every row of a fold is predicted and counts alike, marked or not. All folds are
+    fitted at once, from ``n_starts`` random starts and the optimum of all training rows, which is only
+    one more place to start from.
     """
     folds = splits(table, holdout)
-    marked = runs.fit_mask(table, fit_on)
-    rows, training = table[marked], folds.training[:, marked]
+    of_table = np.ones(len(table)) if weights is None else fitting.checked_weights(weights, table)
+    marked = runs.fit_mask(table, fit_on) & (of_table > 0)
+    rows, training = table[marked], folds.training[:, marked] * of_table[marked]
     undetermined: dict[str, str] = {}
-    for label, weights in zip(folds.labels, training, strict=True):
+    for label, row_weights in zip(folds.labels, training, strict=True):
         try:
-            fitting.check_rows(rows[weights == 1], law)
+            fitting.check_rows(rows[row_weights > 0], law)
         except InputError as error:
             undetermined[label] = str(error)
     predicted = np.full(len(table), np.nan)
     if fitted := [p for p, label in enumerate(folds.labels) if label not in undetermined]:
-        start = fitting.solve(rows, law, np.ones((1, len(rows))), seed=seed).values[0, len(law.linear) :]
+        start = fitting.solve(rows, law, of_table[np.newaxis, marked], seed=seed).values[0, len(law.linear) :]
         found = fitting.solve(rows, law, training[fitted], n_starts=n_starts, seed=seed, near=start)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             losses = law.predict(found.values, runs.variables(table))
         for p, loss, values, converged in zip(fitted, losses, found.values, found.converged, strict=True):
             held = folds.training[p] == 0
             predicted[held] = loss[held]
-            status, _ = fitting.status_of(law, values, rows[training[p] == 1], bool(converged))
+            used = training[p] > 0
+            status, _ = fitting.status_of(law, values, rows[used], bool(converged), training[p, used])
             if status not in SOUND:
                 undetermined[folds.labels[p]] = status.value
     held = (folds.training == 0).any(axis=0)
@@ -405,10 +415,10 @@ class InformationCriteria(NamedTuple):
 
 
 def information_criteria(fit: Fit, table: pd.DataFrame, *, assume_independent: bool = False) -> InformationCriteria:
-    """AIC, AICc and BIC of an unweighted least-squares fit, for laws fitted to the same rows.
+    """AIC, AICc and BIC of a least-squares fit, for laws fitted to the same rows with the same weights.
 
-    With k = p + 1 (the noise variance counts) and ln L = -n/2 (ln(2 pi SSE / n) + 1): AIC = 2k - 2 ln L,
-    AICc = AIC + 2k(k+1)/(n-k-1), BIC = k ln n - 2 ln L (Burnham and Anderson 2002, chapter 2).
+    With k = p + 1 (the noise variance counts) and ln L = -n/2 (ln(2 pi SSE / n) + 1) + sum(ln w) / 2 for weights w:
+    AIC = 2k - 2 ln L, AICc = AIC + 2k(k+1)/(n-k-1), BIC = k ln n - 2 ln L (Burnham and Anderson 2002, chapter 2).
 
     They need independent rows of Gaussian noise. Rows of one shape share what the law does not know of
     it, and checkpoints of one run share their noise as well: then n overstates what is known and
@@ -421,8 +431,8 @@ def information_criteria(fit: Fit, table: pd.DataFrame, *, assume_independent: b
     repeated = len(np.unique(shape_numbers(rows))) < n or ("run" in rows and rows["run"].duplicated().any())
     if n < k or (repeated and not assume_independent):
         return InformationCriteria(np.nan, np.nan, np.nan)
-    sse = float(((rows["loss"].to_numpy() - fit.loss_predicted[fit.fitted]) ** 2).sum())
-    deviance = n * (math.log(2 * math.pi * sse / n) + 1) if sse > 0 else -math.inf
+    sse = float((fit.residuals(table) ** 2).sum())
+    deviance = n * (math.log(2 * math.pi * sse / n) + 1) - float(np.log(fit.weights).sum()) if sse > 0 else -math.inf
     correction = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.nan
     return InformationCriteria(deviance + 2 * k, deviance + 2 * k + correction, deviance + k * math.log(n))
 
@@ -569,11 +579,11 @@ def repeated_rows(table: pd.DataFrame) -> np.ndarray:
 
 def _outliers(table: pd.DataFrame, fit: Fit) -> list[Finding]:
     rows = fit.rows(table)
-    jacobian = fitting.scaled_jacobian(fit.law, fit.values, rows, rows)[1]
+    jacobian = fit.scaled_jacobian(table)
     lengths = np.linalg.norm(jacobian, axis=0)
     used = np.isfinite(lengths) & (lengths > 0)
     leverage = (np.linalg.qr(jacobian[:, used] / lengths[used])[0] ** 2).sum(axis=1)
-    residual = rows["loss"].to_numpy() - fit.loss_predicted[fit.fitted]
+    residual = fit.residuals(table)
     freedom = len(rows) - len(fit.values) - 1
     if freedom < 1:
         return []

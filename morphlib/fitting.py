@@ -83,9 +83,10 @@ class Status(Enum):
 class Fit:
     """A fitted law. Arrays are read-only; ``fitted`` and ``loss_predicted`` follow the table's rows.
 
-    ``covariance`` and ``standard_errors`` assume independent rows of equal noise and the law to be
-    right: s^2 (J'J)^-1 with s^2 = SSE / (n - p). They are NaN where n = p, and for a parameter at a
-    bound or its exponent.
+    ``weights``, (n,), are those of the n fitted rows' squared residuals; a row of weight zero is not fitted.
+    ``covariance`` and ``standard_errors`` assume independent rows, noise of one size over the root of the
+    weight, and the law to be right: s^2 (J'J)^-1 with s^2 = SSE / (n - p), rows of J and residuals times the
+    root of their weight. They are NaN where n = p, and for a parameter at a bound or its exponent.
     """
 
     law: Law
@@ -95,6 +96,7 @@ class Fit:
     covariance: Array
     status: Status
     fitted: np.ndarray
+    weights: Array
     loss_predicted: Array
     n_starts: int
     share_of_starts_at_best: float
@@ -112,6 +114,15 @@ class Fit:
                 f"the fit is of a table of {len(self.fitted)} rows and this one has {len(table)}; give the table fitted"
             )
         return table[self.fitted]
+
+    def residuals(self, table: pd.DataFrame) -> Array:
+        """Measured less predicted loss of the fitted rows, times the root of their weights, shape (n,)."""
+        return (self.rows(table)["loss"].to_numpy() - self.loss_predicted[self.fitted]) * np.sqrt(self.weights)
+
+    def scaled_jacobian(self, table: pd.DataFrame) -> Array:
+        """``scaled_jacobian`` of the fitted rows, times the root of their weights, shape (n, p)."""
+        rows = self.rows(table)
+        return scaled_jacobian(self.law, self.values, rows, rows)[1] * np.sqrt(self.weights)[:, None]
 
     def predict(self, table: pd.DataFrame) -> Array:
         """The loss, in nats per token, predicted for the rows of a run table, shape (n,)."""
@@ -144,20 +155,21 @@ def fit(
 
     ``n_starts`` random exponents, drawn with ``seed``, start the search. ``positive`` holds the
     coefficients of the base and the irreducible loss at zero or above. ``weights``, shape (n,) over
-    the table, multiply the squared residuals. ``loss``: ``squared``, or ``huber`` on the residuals or
-    ``log-huber`` on those of ln L, both as sums, quadratic up to ``loss_scale`` (default: 1e-3, the
-    scale Hoffmann et al. 2022 use on ln L, times the mean loss for ``huber``). A robust search starts
-    from the least-squares solution and does not hold coefficients at zero.
+    the table, multiply the squared residuals; rows of weight zero are left out. ``loss``: ``squared``,
+    or ``huber`` on the residuals or ``log-huber`` on those of ln L, both as sums, quadratic up to
+    ``loss_scale`` (default: 1e-3, the scale Hoffmann et al. 2022 use on ln L, times the mean loss for
+    ``huber``). A robust search starts from the least-squares solution and does not hold coefficients
+    at zero.
 
     Raises ``InputError`` where the rows cannot determine the law: fewer rows than parameters, or a
     variable of the law that does not vary.
     """
     if n_starts < 1:
         raise InputError(f"n_starts is {n_starts}; give at least 1")
-    fitted = runs.fit_mask(table, fit_on)
-    rows = table[fitted]
-    row_weights = np.ones(len(rows)) if weights is None else _checked_weights(weights, table)[fitted]
-    check_rows(rows[row_weights > 0], law, fit_on)
+    of_table = np.ones(len(table)) if weights is None else checked_weights(weights, table)
+    fitted = runs.fit_mask(table, fit_on) & (of_table > 0)
+    rows, row_weights = table[fitted], of_table[fitted]
+    check_rows(rows, law, fit_on)
     found = solve(rows, law, row_weights[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
     values, converged, covariance = found.values[0], bool(found.converged[0]), None
     if loss != "squared":
@@ -476,10 +488,15 @@ def check_rows(rows: pd.DataFrame, law: Law, fit_on: str | None = None) -> None:
             )
 
 
-def _checked_weights(weights: Array, table: pd.DataFrame) -> Array:
+def checked_weights(weights: Array, table: pd.DataFrame) -> Array:
+    """The weights as an array; raises ``InputError`` unless they are one number of at least zero per row, not all zero."""
     values = np.asarray(weights, dtype=float)
-    if values.shape != (len(table),) or not (np.isfinite(values) & (values >= 0)).all():
-        raise InputError(f"weights must be {len(table)} finite numbers of at least zero, one per row of the table")
+    rule = "give each row a finite number of at least zero, and at least one more than zero"
+    if values.shape != (len(table),) or not values.any():
+        raise InputError(f"weights of shape {values.shape}, {np.count_nonzero(values)} not zero, for {len(table)} rows; {rule}")
+    if not (right := np.isfinite(values) & (values >= 0)).all():
+        row = int((~right).argmax())
+        raise InputError(f"the weight in row {row + 2}, of {table['name'].iloc[row]}, is {values[row]}; {rule}")
     return values
 
 
@@ -513,10 +530,9 @@ def _robust(
     found = least_squares.minimize(
         residuals, jacobian, law.to_raw(values, back), loss="huber", loss_scale=scale, weights=weights
     )
-    used = weights > 0
     psi = np.clip(residuals(found.values), -scale, scale) * np.sqrt(weights)
-    inside = float((np.abs(residuals(found.values)) < scale)[used].mean())
-    n_rows, n_parameters = int(used.sum()), len(values)
+    inside = float((np.abs(residuals(found.values)) < scale).mean())
+    n_rows, n_parameters = len(rows), len(values)
     correction = 1 + n_parameters * (1 - inside) / (n_rows * inside) if inside > 0 else np.nan
     raw = law.to_raw(found.values, units)
     derivative = law.jacobian(raw, every)
@@ -524,7 +540,7 @@ def _robust(
         derivative = derivative / law.predict(raw, every)[:, None]
     # covariance_of divides by n - p; what it is given in place of residuals carries the rest of the formula
     stand_in = psi * correction / inside if inside > 0 else psi * np.nan
-    return raw, covariance_of(derivative * np.sqrt(weights)[:, None], stand_in, n_rows), found.converged
+    return raw, covariance_of(derivative * np.sqrt(weights)[:, None], stand_in), found.converged
 
 
 def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[Array, Array]:
@@ -556,7 +572,7 @@ def status_of(
         return Status.DEGENERATE, condition
     if not converged:
         return Status.NOT_CONVERGED, condition
-    if np.count_nonzero(root) == len(values):
+    if len(rows) == len(values):
         return Status.EXACT, condition
     return (Status.NEGATIVE if (base < 0).any() else Status.CONVERGED), condition
 
@@ -581,9 +597,9 @@ def _result(
             residuals = (loss_predicted[fitted] - rows["loss"].to_numpy()) * np.sqrt(weights)
             jacobian = law.jacobian(values, runs.variables(rows)) * np.sqrt(weights)[:, None]
             jacobian[:, : len(law.linear)][:, values[: len(law.linear)] == 0] = 0.0  # held, not estimated
-            covariance = covariance_of(jacobian, residuals, int(np.count_nonzero(weights)))
+            covariance = covariance_of(jacobian, residuals)
         errors = np.sqrt(np.diag(covariance)).tolist()
-    for array in (loss_predicted, covariance, fitted):
+    for array in (loss_predicted, covariance, fitted, weights):
         array.setflags(write=False)
     return Fit(
         law=law,
@@ -593,6 +609,7 @@ def _result(
         covariance=covariance,
         status=status,
         fitted=fitted,
+        weights=weights,
         loss_predicted=loss_predicted,
         n_starts=n_starts,
         share_of_starts_at_best=share_of_starts_at_best,
@@ -609,14 +626,12 @@ def _condition_number(jacobian: Array) -> float:
     return float(singular[0] / singular[-1]) if singular[-1] > 0 else np.inf
 
 
-def covariance_of(jacobian: Array, residuals: Array, n_rows: int | None = None) -> Array:
+def covariance_of(jacobian: Array, residuals: Array) -> Array:
     """s^2 (J'J)^-1 with s^2 = SSE / (n - p), for J of shape (n, p); NaN where n = p.
 
-    ``n_rows`` is n where rows of weight zero are among them. Columns without influence, such as those of
-    a term held at zero, get NaN and leave the others alone.
+    Columns without influence, such as those of a term held at zero, get NaN and leave the others alone.
     """
-    n_rows = len(jacobian) if n_rows is None else n_rows
-    n_parameters = jacobian.shape[1]
+    n_rows, n_parameters = jacobian.shape
     covariance = np.full((n_parameters, n_parameters), np.nan)
     lengths = np.linalg.norm(jacobian, axis=0)
     used = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))

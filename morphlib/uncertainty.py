@@ -11,7 +11,8 @@ Of 95 % intervals on the design of the paper's 76 rows (``benchmarks/coverage.py
 not the rows of a shape share their errors; with shared errors those for independent rows hold the
 worst parameter in 81 to 91 %. On 27 rows with seven parameters no kind is safe, and ``basic`` fails.
 
-All but ``parameter_interval`` take the fit to be one of unweighted squared residuals, and refuse another.
+All but ``parameter_interval`` take the fit to be one of squared residuals, weighted or not, and refuse a robust
+one. Rows of J and residuals are times the root of the fit's weights throughout.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def bootstrap(
     codes, labels = _clusters(rows, cluster)
     law, n_clusters = fit.law, len(labels)
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), n_resamples)[:, codes].astype(float)
+    weights = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), n_resamples)[:, codes] * fit.weights
     weights = weights[(weights > 0).sum(axis=1) >= len(law.parameters)]
     found, converged = [], []
     searches = CHUNK_NUMBERS // (len(rows) * len(law.linear) * (len(law.nonlinear) + 1)) // (N_STARTS + 1)
@@ -228,7 +229,7 @@ def profile_interval(table: pd.DataFrame, fit: Fit, parameter: str, level: float
     least = linear.residuals @ linear.residuals
     t = _t(level, n_rows - n_parameters)
     step = t * np.sqrt(least / (n_rows - n_parameters)) * np.linalg.norm(linear.root[index])
-    if np.sqrt(least) <= ROUNDING * np.linalg.norm(linear.rows["loss"]):
+    if np.sqrt(least) <= ROUNDING * np.linalg.norm(linear.rows["loss"] * np.sqrt(fit.weights)):
         raise InputError("the law passes through every row, so no sum of squares can rise by a factor; add runs with noise")
     # where a search ends depends on the ones before; of one value there must be one answer
     profile = cache(_profile(linear.rows, fit, index))
@@ -272,7 +273,8 @@ def prediction_interval(
     """Predicted losses (nats per token) of new runs: columns ``loss``, ``low``, ``high``, with the index of ``table_new``.
 
     The delta method: prediction -+ t sqrt(J0 V J0' + s^2), with s^2 = SSE / (n - p) of the rows of ``table``
-    that were fitted. ``new_observation=False`` leaves out s^2 and speaks of the law, not of a run.
+    that were fitted. ``new_observation=False`` leaves out s^2, the noise of a run of weight one, and speaks of the
+    law, not of a run.
     ``covariance`` as in ``parameter_interval``. None of it covers the error of the law itself, which
     grows outside the range of the rows. Raises ``InputError`` where N is not counted as in the fit.
     """
@@ -309,17 +311,16 @@ class _Linearized:
     def of(cls, table: pd.DataFrame, fit: Fit) -> _Linearized:
         """Raises ``InputError`` where the fit is no optimum of the sum of squares of these rows."""
         _check_known(fit)
-        rows = fit.rows(table)
-        jacobian = fit.law.jacobian(fit.values, runs.variables(rows))
+        rows, root_weights = fit.rows(table), np.sqrt(fit.weights)
+        jacobian = fit.law.jacobian(fit.values, runs.variables(rows)) * root_weights[:, None]
         lengths = np.linalg.norm(jacobian, axis=0)  # raw columns differ by ten orders of magnitude
         basis, singular, rotation = np.linalg.svd(jacobian / lengths, full_matrices=False)
-        loss = rows["loss"].to_numpy()
-        residuals = loss - fit.loss_predicted[fit.fitted]
-        size = np.linalg.norm(residuals)
-        if size > ROUNDING * np.linalg.norm(loss) and np.linalg.norm(basis.T @ residuals) > COSINE_LIMIT * size:
+        residuals = fit.residuals(table)
+        size, rounding = np.linalg.norm(residuals), ROUNDING * np.linalg.norm(rows["loss"] * root_weights)
+        if size > rounding and np.linalg.norm(basis.T @ residuals) > COSINE_LIMIT * size:
             raise InputError(
                 "the fit is not the least-squares fit of these rows; give the table it was made from, "
-                "and a converged fit without weights or a robust loss"
+                "and a converged fit without a robust loss"
             )
         return cls(rows, basis, (rotation.T / singular) / lengths[:, None], residuals)
 
@@ -331,7 +332,8 @@ def _profile(rows: pd.DataFrame, fit: Fit, index: int) -> Callable[[float], floa
     searched in variables divided by their geometric means, from where the nearest earlier search ended.
     """
     law, n_linear = fit.law, len(fit.law.linear)
-    raw_variables, loss = runs.variables(rows), rows["loss"].to_numpy()
+    raw_variables, root_weights = runs.variables(rows), np.sqrt(fit.weights)
+    loss = rows["loss"].to_numpy() * root_weights
     units = {name: np.exp(np.log(raw_variables[name]).mean()) for name in law.variables}
     back = {name: 1 / unit for name, unit in units.items()}
     variables = {name: raw_variables[name] / unit for name, unit in units.items()}
@@ -360,7 +362,7 @@ def _profile(rows: pd.DataFrame, fit: Fit, index: int) -> Callable[[float], floa
             raw = law.to_raw(scaled, units)
             raw[index] = value
             scaled = law.to_raw(raw, back)
-            columns = law.jacobian(scaled, variables)[:, :n_linear].copy()
+            columns = law.jacobian(scaled, variables)[:, :n_linear] * root_weights[:, None]
         if not np.isfinite(columns).all():
             return np.full(len(loss), np.inf)  # from which the search steps back
         target = loss

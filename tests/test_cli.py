@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -92,6 +93,23 @@ def test_fit_with_everything(capsys, tmp_path, paper):
     assert robust["parameters"]["alpha"]["value"] != result["parameters"]["alpha"]["value"]
     code, out, _ = morph(capsys, "fit", path, *options[:4], "--bootstrap", "50", "--cluster", "name", "--predict", planned)
     assert code == 0 and "95 % low" in out and "339M_v1" in out
+
+
+def test_weights(capsys, tmp_path, paper):
+    table = paper.assign(half=np.where(paper["family"] == "80M", 0.5, 1.0), only=paper["fit_main"])
+    path = written(table, tmp_path / "runs.csv")
+    half, plain = fit_json(capsys, path, "--weights", "half", "--cluster", "name"), fit_json(capsys, path)
+    assert half["parameters"]["alpha"]["low"] < half["parameters"]["alpha"]["value"] != plain["parameters"]["alpha"]["value"]
+    only, marked = fit_json(capsys, path, "--weights", "only"), fit_json(capsys, path, "--fit-on", "fit_main")
+    assert (only["parameters"], only["metrics"]) == (marked["parameters"], marked["metrics"])
+    robust = [fit_json(capsys, path, "--loss", "huber", *more)["parameters"] for more in ([], ["--weights", "half"])]
+    assert robust[0] != robust[1]
+    for wrong, said in ((-1.0, "row 3, of 80M_v4"), (np.nan, "nan"), ("much", "nan"), (np.inf, "inf"), (0.0, "0 not zero")):
+        column = [wrong] * 76 if wrong == 0.0 else [1.0, wrong, *[1.0] * 74]
+        path = written(paper.assign(wrong=pd.Series(column, dtype=object)), tmp_path / "wrong.csv")
+        code, out, err = morph(capsys, "fit", path, "--weights", "wrong")
+        one_line(code, out, err)
+        assert said in err
 
 
 def test_the_report_says_what_is_odd(capsys, tmp_path, paper):
@@ -187,6 +205,8 @@ def test_a_faulty_table_is_exit_code_2_and_one_line(capsys, tmp_path, paper, fau
         ["fit", "paper", "--predict", "nowhere.csv"],
         ["fit", "paper", "--published", "--loss", "huber"],
         ["fit", "paper", "--published", "--law", "width-depth"],
+        ["fit", "paper", "--weights", "nothing"],
+        ["fit", "paper", "--published", "--weights", "tokens"],
         ["compare", "paper", "--holdout", "nothing"],
         ["compare", "paper", "--law", "kaplan"],
         ["design", "paper"],

@@ -224,6 +224,16 @@ def test_comparing_laws(paper):
         diagnostics.compare(paper, [], "shape")
 
 
+def test_held_out_rows_of_a_weighted_fit(paper):
+    """The folds are weighted fits; rows of weight zero are predicted and never train."""
+    law = laws.get("width-depth")
+    weights = np.where(paper["family"] == "80M", 0.0, np.where(paper["budget"] == "20N", 0.5, 1.0))
+    held = diagnostics.held_out_losses(paper, law, "largest-n", weights=weights).predictions
+    apart = fitting.fit(paper, law, weights=np.where(paper["family"] == "1B", 0.0, weights))
+    assert held["loss_predicted"].to_numpy() == pytest.approx(apart.loss_predicted[paper["family"] == "1B"], abs=1e-6)
+    assert len(diagnostics.held_out_losses(paper, law, "shape", weights=weights).predictions) == 76
+
+
 def test_a_law_that_predicts_fewer_rows_comes_last(paper):
     table = diagnostics.compare(
         paper, [laws.get("inference-aware", "gamma"), laws.get("chinchilla")], "shape", "fit_random_trial1"
@@ -255,6 +265,10 @@ def test_information_criteria_agree_with_statsmodels(paper):
     assert criteria.aic == pytest.approx(linear.aic + 2, rel=1e-9)
     assert criteria.bic == pytest.approx(linear.bic + np.log(n), rel=1e-9)
     assert criteria.aicc == pytest.approx(linear.aic + 2 + 2 * k * (k + 1) / (n - k - 1), rel=1e-9)
+    weights = np.linspace(0.5, 2, 76)
+    weighted = fitting.fit(paper, law, "fit_20N_only", positive=False, weights=weights)
+    oracle = sm.WLS(rows["loss"].to_numpy(), basis / np.linalg.norm(basis, axis=0), weights[fit.fitted]).fit()
+    assert diagnostics.information_criteria(weighted, paper).bic == pytest.approx(oracle.bic + np.log(n), rel=1e-9)
 
 
 def test_information_criteria_need_independent_rows(paper):

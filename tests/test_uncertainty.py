@@ -64,6 +64,41 @@ def test_every_row_its_own_cluster_is_hc3(paper, linear):
     assert (found.n_clusters, found.degrees_of_freedom) == (76, 72)
 
 
+def test_weights_count_everywhere(paper):
+    """Of a linear law: statsmodels' weighted least squares, the jackknife over weighted rows, and a profile of its own."""
+    weights = np.where(paper["family"] == "80M", 0.5, 2.0)
+    fit = fitting.fit(paper, LINEAR, weights=weights)
+    lengths = np.linalg.norm(design(paper), axis=0)
+
+    def weighted(rows, **options):
+        return sm.WLS(paper["loss"][rows].to_numpy(), (design(paper) / lengths)[rows], weights[rows]).fit(**options)
+
+    everything = np.ones(76, dtype=bool)
+    oracle = weighted(everything)
+    assert fit.values * lengths == pytest.approx(oracle.params, rel=1e-9)
+    assert_same_covariance(fit.covariance * np.outer(lengths, lengths), oracle.cov_params(), 1e-9)
+    hc3 = weighted(everything, cov_type="HC3").cov_params()
+    assert_same_covariance(u.cluster_covariance(paper, fit).matrix * np.outer(lengths, lengths), hc3, 1e-9)
+    without = [weighted(paper["name"].to_numpy() != name).params - oracle.params for name in paper["name"].unique()]
+    cr3 = u.cluster_covariance(paper, fit, "name").matrix * np.outer(lengths, lengths)
+    assert_same_covariance(cr3, np.transpose(without) @ without, 1e-9)
+    wald = u.parameter_interval(fit, log=())
+    for name in LINEAR.parameters:
+        width = wald.loc[name, "high"] - wald.loc[name, "low"]
+        assert u.profile_interval(paper, fit, name) == pytest.approx(tuple(wald.loc[name, ["low", "high"]]), abs=1e-7 * width)
+    predicted = oracle.get_prediction(design(paper)[-4:] / lengths).summary_frame()
+    found = u.prediction_interval(paper.tail(4), fit, paper)
+    assert np.allclose(found["high"], predicted["obs_ci_upper"], rtol=1e-8)
+    # weights are counts where they are whole numbers, but for the errors
+    doubled = paper.loc[paper.index.repeat(np.where(weights == 2.0, 4, 1))].reset_index(drop=True)
+    assert fit.values == pytest.approx(fitting.fit(doubled, LINEAR).values, rel=1e-9)
+    scaled = fitting.fit(paper, CURVED, weights=np.full(76, 7.0))
+    plain = fitting.fit(paper, CURVED)
+    once, again = (u.bootstrap(paper, one, 5, cluster="name").values for one in (scaled, plain))
+    # weights that are all alike change nothing; searches of other weights stop elsewhere within their tolerance
+    assert once == pytest.approx(again, rel=1e-4)
+
+
 @pytest.mark.parametrize("cluster", ["name", "family"])
 def test_cr3_is_the_jackknife_over_clusters(paper, linear, cluster):
     """For a linear law the sum over clusters of (b_-g - b)(b_-g - b)', by refitting without each."""
@@ -317,7 +352,7 @@ def test_wrong_input_is_refused_in_one_line(paper, curved):
         ("without the rows of run a", lambda: u.cluster_covariance(paper.assign(run=[*"a" * 74, *"bb"]), curved, "run")),
         ("give the table fitted", lambda: u.bootstrap(paper.head(70), curved)),
         ("the table it was made from", lambda: u.cluster_covariance(paper.assign(loss=paper["loss"][::-1].to_numpy()), curved)),
-        ("without weights or a robust loss", lambda: u.profile_interval(paper, robust, "E")),
+        ("without a robust loss", lambda: u.profile_interval(paper, robust, "E")),
         ("as many rows as parameters", lambda: u.parameter_interval(exact)),
         ("as many rows as parameters", lambda: u.bootstrap(five, exact)),
         ("as many rows as parameters", lambda: u.cluster_covariance(five, exact)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -172,13 +173,18 @@ class Worker:
             raise InputError(f"{where}: the engine's process ended {self._ending()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise InputError(f"{where}: {answer['error']}")
+            # vLLM's processes write the cause to their log alone
+            cause = re.search(r"\w+Error: .+", self._said()) if "root cause above" in answer["error"] else None
+            raise InputError(f"{where}: {cause[0] if cause else answer['error']}")
         return answer
+
+    def _said(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
 
     def _ending(self) -> str:
         code = self.process.wait()
-        self._log.seek(0)
-        last = ([line.strip() for line in self._log.read().splitlines() if line.strip()] or ["it said nothing"])[-1]
+        last = ["it said nothing", *filter(str.strip, self._said().splitlines())][-1].strip()
         if code == -9:
             return "(killed, as for want of memory); choose a smaller model or batch"
         return f"(exit code {code}): {last}"
@@ -306,12 +312,14 @@ class _Vllm:
             model.config.save_pretrained(folder)
         self.llm = vllm.LLM(
             model=str(folder),
-            load_format="auto" if model.path else "dummy",
+            load_format="safetensors" if model.path else "dummy",
             skip_tokenizer_init=True,
             dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[c.dtype],
             max_model_len=c.in_tokens + c.out_tokens,
             max_num_seqs=c.batch,
             enable_prefix_caching=False,
+            # of all memory: on a GPU vLLM's own default, on a CPU half of what is free
+            **({} if on_gpu else {"gpu_memory_utilization": round(0.5 * _free_bytes(device) / _total_bytes(), 2)}),
             seed=c.seed,
         )
         self.vocabulary = model.config.vocab_size
@@ -370,6 +378,12 @@ def _free_bytes(device: Any) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def _total_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
 
 
 def _peak_resident_bytes() -> int:
