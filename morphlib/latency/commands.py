@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
@@ -123,20 +122,22 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _grid(path: Path) -> list[dict[str, Any]]:
-    """The configurations of a file whose columns are those of ``Configuration`` that differ from its defaults."""
-    kinds = {f.name: f.type for f in fields(Configuration)}
+    """The configurations of a file whose columns are fields of ``Configuration``; an empty cell takes the default."""
+    import pandas as pd
+
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a CSV file with the column model") from None
-    if not rows or not {"model"} <= rows[0].keys() <= kinds.keys():
+        table = pd.read_csv(path).convert_dtypes()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({' '.join(str(error).split())}); give a CSV file with the column model"
+        ) from None
+    kinds = {f.name: str(f.type) for f in fields(Configuration)}
+    if not {"model"} <= set(table) <= set(kinds):
         raise InputError(f"{path}: its columns must be model and any of {', '.join(kinds)}; mend the header")
-    whole = {name for name, kind in kinds.items() if str(kind).startswith("int")}
-    for number, row in enumerate(rows, 2):
-        if bad := next((name for name, text in row.items() if name in whole and text and not text.isdigit()), None):
-            raise InputError(f"{path}: row {number}, column {bad}: {row[bad]} is not a whole number; mend it")
-    return [{name: int(text) if name in whole else text for name, text in row.items() if text} for row in rows]
+    for name in table:
+        if kinds[name].startswith("int") and table[name].dtype.kind not in "iu":
+            raise InputError(f"{path}: column {name} must hold whole numbers; mend it")
+    return [{str(name): value for name, value in row.items() if not pd.isna(value)} for row in table.to_dict("records")]
 
 
 def _numbers(estimate: hardware.Estimate) -> dict[str, float]:
@@ -171,8 +172,9 @@ def _predict(arguments: argparse.Namespace) -> dict[str, Any]:
                 **lengths,
             )
             times = {name: _numbers(getattr(predicted, name)) for name in TIMES}
-            names = {"shape": str(shape), "model": text, "gpu": predicted.gpu, "mode": predicted.mode, "kind": "predicted"}
-            results.append(names | times | {"decode_step": asdict(predicted.decode_step)})
+            names = {"shape": str(shape), "gpu": predicted.gpu, "mode": predicted.mode, "kind": "predicted"}
+            more = {"model": text, "architecture": architecture, "decode_step": asdict(predicted.decode_step)}
+            results.append(names | times | more)
     return {"results": results}
 
 
@@ -199,6 +201,10 @@ def _show(result: dict[str, Any]) -> None:
     for row in rows:
         times = "".join(_cell(row.get(name), 1 if name == "e2e_s" else 1e3) for name in TIMES)
         print(f"{row['shape']:<{width}}{row.get('gpu') or row['device']:<20.19}{row.get('mode') or row['engine']:<13}{times}")
+    if kinds := {row["architecture"] for row in rows if "architecture" in row}:
+        print(
+            f"predicted, with the operations that {', '.join(sorted(kinds))} dispatches in transformers; ± spans every constant's interval"
+        )
     for line in _remarks(rows):
         print(line)
 
