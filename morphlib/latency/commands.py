@@ -134,7 +134,7 @@ def _grid(path: Path) -> list[dict[str, Any]]:
     kinds = {f.name: str(f.type) for f in fields(Configuration)}
     if not {"model"} <= set(table) <= set(kinds):
         raise InputError(f"{path}: its columns must be model and any of {', '.join(kinds)}; mend the header")
-    for name in table:
+    for name in map(str, table):
         if kinds[name].startswith("int") and table[name].dtype.kind not in "iu":
             raise InputError(f"{path}: column {name} must hold whole numbers; mend it")
     return [{str(name): value for name, value in row.items() if not pd.isna(value)} for row in table.to_dict("records")]
@@ -202,9 +202,7 @@ def _show(result: dict[str, Any]) -> None:
         times = "".join(_cell(row.get(name), 1 if name == "e2e_s" else 1e3) for name in TIMES)
         print(f"{row['shape']:<{width}}{row.get('gpu') or row['device']:<20.19}{row.get('mode') or row['engine']:<13}{times}")
     if kinds := {row["architecture"] for row in rows if "architecture" in row}:
-        print(
-            f"predicted, with the operations that {', '.join(sorted(kinds))} dispatches in transformers; ± spans every constant's interval"
-        )
+        print(f"predicted with the operations of {', '.join(sorted(kinds))} in transformers; ± has all constants at their ends")
     for line in _remarks(rows):
         print(line)
 
