@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--loss", choices=_LOSSES, default="squared", help="log-huber is of ln L (default: %(default)s)")
     fit.add_argument("--bootstrap", type=_number(2), metavar="N", help="refit N resamples and report 95 %% intervals")
     fit.add_argument("--cluster", metavar="COLUMN", help="rows with one value of this column, such as name, share errors")
+    fit.add_argument(
+        "--profile", action="store_true", help="95 %% intervals by the sum of squares itself, for independent rows"
+    )
     fit.add_argument("--predict", metavar="CSV", help="also predict the loss of these runs; the file needs no loss")
     fit.set_defaults(run=_fit, show=_show_fit)
 
@@ -174,6 +177,7 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
         "predictions": predictions.to_dict(orient="records"),
         "status": {"code": fit.status.name.lower(), "message": fit.status.value},
         "verdict": _verdict(table, fit),
+        "information_criteria": diagnostics.information_criteria(fit, table)._asdict(),
         # residuals say which rows stand out only where the fit is that of their squares
         "audit": [f.sentence for f in diagnostics.audit(table, fit if arguments.loss == "squared" else None)],
         "shapes_left_out": _shapes_left_out(table, law, arguments.fit_on, weights),
@@ -222,10 +226,19 @@ def _shapes_left_out(
 
 
 def _intervals(arguments: argparse.Namespace, table: pd.DataFrame, fit: Fit) -> dict[str, Any] | None:
-    """95 % intervals of the parameters where they are asked for, by resampling or by CR3."""
+    """95 % intervals of the parameters where they are asked for, by profile, by resampling or by CR3."""
+    import pandas as pd
+
     from morphlib import uncertainty
 
-    if arguments.bootstrap:
+    if arguments.profile:
+        if arguments.bootstrap or arguments.cluster:
+            raise InputError(
+                "--profile takes rows for independent and resamples none; leave it out, or --bootstrap and --cluster"
+            )
+        ends = {name: uncertainty.profile_interval(table, fit, name) for name in fit.parameters}
+        of, interval, n_clusters = "profile", pd.DataFrame(ends, index=["low", "high"]).T, len(fit.rows(table))
+    elif arguments.bootstrap:
         resampled = uncertainty.bootstrap(table, fit, arguments.bootstrap, cluster=arguments.cluster)
         of = f"{len(resampled.values)} resamples, {resampled.n_left_out} left out"
         interval, n_clusters = resampled.interval(), resampled.n_clusters
@@ -282,6 +295,8 @@ def _show_fit(result: dict[str, Any]) -> None:
     if left_out := result["shapes_left_out"]:
         print(f"{'each shape':<12}{left_out['n']:>5}{'':>12}{left_out['rmse']:>10.4f}{'':>10}{left_out['mape']:>9.3f}", end="")
         print("  (predicted without its shape)")
+    if math.isfinite((criteria := result["information_criteria"])["bic"]):
+        print("AIC {aic:.1f}, AICc {aicc:.1f}, BIC {bic:.1f} (they assume independent rows)".format(**criteria))
     if "predicted" in result:
         print(f"\n{'predicted':<20}{'tokens':>12}{'loss':>10}{'95 % low':>10}{'high':>10}")
         for row in result["predicted"]:

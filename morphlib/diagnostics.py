@@ -200,6 +200,8 @@ def _about_parameters(fit: Fit, undetermined: tuple[str, ...], confounded: tuple
         yield f"The {n_rows} rows determine every parameter of {fit.law.name} ({condition})."
     if fit.status is not Status.CONVERGED:
         yield fit.status.value
+    if negative := [name for name in fit.law.linear if fit.parameters[name] < 0]:
+        yield f"{_listed(negative)} came out negative, which has no physical meaning: do not extrapolate."
     if confounded:
         pairs = ", ".join(f"{a} and {b} ({value:.4f})" for a, b, value in confounded)
         yield f"The rows hardly tell some parameters apart; estimates that correlate: {pairs}."
@@ -370,8 +372,10 @@ def compare(
 
     Columns: law, exponents, count, holdout, ``n`` held-out rows predicted, rmse (nats per token), mape
     (percent), ``undetermined`` folds; then the difference of the rmse to the first law's over the rows
-    that both predict, with its 95 % percentile interval over resampled shapes (the rows of one shape
-    are not independent), the fits held as they are. Laws that predict fewer rows come last.
+    that both predict, with its 95 % percentile interval. Laws that predict fewer rows come last.
+
+    The interval resamples the held-out residuals by whole shapes (the rows of one shape are not
+    independent) with the fits held fixed: it does not include how the fits would vary on other runs.
     """
     if not laws:
         raise InputError("there are no laws to compare; give at least one")
@@ -414,22 +418,19 @@ class InformationCriteria(NamedTuple):
     bic: float
 
 
-def information_criteria(fit: Fit, table: pd.DataFrame, *, assume_independent: bool = False) -> InformationCriteria:
+def information_criteria(fit: Fit, table: pd.DataFrame) -> InformationCriteria:
     """AIC, AICc and BIC of a least-squares fit, for laws fitted to the same rows with the same weights.
 
     With k = p + 1 (the noise variance counts) and ln L = -n/2 (ln(2 pi SSE / n) + 1) + sum(ln w) / 2 for weights w:
     AIC = 2k - 2 ln L, AICc = AIC + 2k(k+1)/(n-k-1), BIC = k ln n - 2 ln L (Burnham and Anderson 2002, chapter 2).
 
-    They need independent rows of Gaussian noise. Rows of one shape share what the law does not know of
-    it, and checkpoints of one run share their noise as well: then n overstates what is known and
-    the criteria favour too many parameters. All are therefore NaN where a shape or a ``run`` repeats
-    among the fitted rows, unless ``assume_independent``; ``compare`` needs no such assumption. NaN, too,
+    They assume independent rows of Gaussian noise. Rows of one shape share what the law does not know of
+    it, and checkpoints of one run share their noise as well: then n overstates what is known and the
+    criteria favour too many parameters; ``compare`` needs no such assumption. NaN for a robust fit and
     where there are no more rows than parameters (AICc: than k + 1).
     """
-    rows = fit.rows(table)
-    n, k = len(rows), len(fit.values) + 1
-    repeated = len(np.unique(shape_numbers(rows))) < n or ("run" in rows and rows["run"].duplicated().any())
-    if n < k or (repeated and not assume_independent):
+    n, k = len(fit.rows(table)), len(fit.values) + 1
+    if n < k or fit.loss != "squared":
         return InformationCriteria(np.nan, np.nan, np.nan)
     sse = float((fit.residuals(table) ** 2).sum())
     deviance = n * (math.log(2 * math.pi * sse / n) + 1) - float(np.log(fit.weights).sum()) if sse > 0 else -math.inf

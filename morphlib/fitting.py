@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import combinations
@@ -83,7 +84,8 @@ class Status(Enum):
 class Fit:
     """A fitted law. Arrays are read-only; ``fitted`` and ``loss_predicted`` follow the table's rows.
 
-    ``weights``, (n,), are those of the n fitted rows' squared residuals; a row of weight zero is not fitted.
+    ``weights``, (n,), are those of the n fitted rows' residuals; a row of weight zero is not fitted. ``loss``
+    is what was summed over their residuals.
     ``covariance`` and ``standard_errors`` assume independent rows, noise of one size over the root of the
     weight, and the law to be right: s^2 (J'J)^-1 with s^2 = SSE / (n - p), rows of J and residuals times the
     root of their weight. They are NaN where n = p, and for a parameter at a bound or its exponent.
@@ -97,6 +99,7 @@ class Fit:
     status: Status
     fitted: np.ndarray
     weights: Array
+    loss: Loss
     loss_predicted: Array
     n_starts: int
     share_of_starts_at_best: float
@@ -158,8 +161,9 @@ def fit(
     the table, multiply the squared residuals; rows of weight zero are left out. ``loss``: ``squared``,
     or ``huber`` on the residuals or ``log-huber`` on those of ln L, both as sums, quadratic up to
     ``loss_scale`` (default: 1e-3, the scale Hoffmann et al. 2022 use on ln L, times the mean loss for
-    ``huber``). A robust search starts from the least-squares solution and does not hold coefficients
-    at zero.
+    ``huber``). A robust search starts at the least-squares solution and at two more local ones, for its cost
+    may have several minima. It does not hold coefficients at zero: where one ends below, the status is
+    ``NEGATIVE`` or a worse one.
 
     Raises ``InputError`` where the rows cannot determine the law: fewer rows than parameters, or a
     variable of the law that does not vary.
@@ -173,9 +177,11 @@ def fit(
     found = solve(rows, law, row_weights[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
     values, converged, covariance = found.values[0], bool(found.converged[0]), None
     if loss != "squared":
-        values, covariance, converged = _robust(rows, law, values, row_weights, loss, loss_scale)
+        local = [solve(rows, law, row_weights[np.newaxis], n_starts=1, seed=seed + k, positive=positive) for k in (1, 2)]
+        starts = [values, *(other.values[0] for other in local)]
+        values, covariance, converged = _robust(rows, law, starts, row_weights, loss, loss_scale)
     share = float(found.share_of_starts_at_best[0])
-    return _result(table, law, fitted, values, row_weights, converged, n_starts, share, covariance)
+    return _result(table, law, fitted, values, row_weights, converged, n_starts, share, covariance, loss)
 
 
 def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> Fit:
@@ -501,9 +507,9 @@ def checked_weights(weights: Array, table: pd.DataFrame) -> Array:
 
 
 def _robust(
-    rows: pd.DataFrame, law: Law, values: Array, weights: Array, loss: Loss, loss_scale: float | None
+    rows: pd.DataFrame, law: Law, starts: list[Array], weights: Array, loss: Loss, loss_scale: float | None
 ) -> tuple[Array, Array, bool]:
-    """Minimize a sum of Huber losses over all parameters, from the least-squares solution.
+    """Minimize a sum of Huber losses over all parameters, from each of the starts.
 
     For ``log-huber`` the residual is ln(predicted / measured), whose derivative is that of the
     prediction over the prediction. Returns the values, their covariance and whether the search
@@ -527,12 +533,17 @@ def _robust(
         derivative = law.jacobian(current, scaled)
         return derivative / law.predict(current, scaled)[:, None] if loss == "log-huber" else derivative
 
-    found = least_squares.minimize(
-        residuals, jacobian, law.to_raw(values, back), loss="huber", loss_scale=scale, weights=weights
-    )
+    def search(start: Array) -> least_squares.Minimum:
+        scaled_start = law.to_raw(start, back)
+        return least_squares.minimize(residuals, jacobian, scaled_start, loss="huber", loss_scale=scale, weights=weights)
+
+    found = search(starts[0])
+    for other in starts[1:]:
+        with suppress(InputError):  # its losses overflow
+            found = min(found, search(other), key=lambda minimum: minimum.cost)
     psi = np.clip(residuals(found.values), -scale, scale) * np.sqrt(weights)
     inside = float((np.abs(residuals(found.values)) < scale).mean())
-    n_rows, n_parameters = len(rows), len(values)
+    n_rows, n_parameters = len(rows), len(found.values)
     correction = 1 + n_parameters * (1 - inside) / (n_rows * inside) if inside > 0 else np.nan
     raw = law.to_raw(found.values, units)
     derivative = law.jacobian(raw, every)
@@ -587,6 +598,7 @@ def _result(
     n_starts: int,
     share_of_starts_at_best: float,
     covariance: Array | None = None,
+    loss: Loss = "squared",
 ) -> Fit:
     """The result object, from parameters for raw variables and the weights of the fitted rows."""
     rows = table[fitted]
@@ -610,6 +622,7 @@ def _result(
         status=status,
         fitted=fitted,
         weights=weights,
+        loss=loss,
         loss_predicted=loss_predicted,
         n_starts=n_starts,
         share_of_starts_at_best=share_of_starts_at_best,

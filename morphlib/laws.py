@@ -46,8 +46,6 @@ class Power:
 class Base:
     """The irreducible loss E plus falling powers; ``tied`` maps an exponent to the one it equals unless each is free."""
 
-    formula: str
-    source: str
     powers: tuple[Power, ...]
     tied: Mapping[str, str]
 
@@ -86,18 +84,14 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class ShapeTerm:
-    """A factor for the shape, one where the shape costs nothing.
+    """A factor for the shape, one where the shape costs nothing; ``evaluate`` returns it and its derivative by each parameter.
 
-    ``evaluate`` returns it and its derivative by each parameter. ``to_raw`` turns parameters for
-    variables divided by units into those for raw variables; the factor itself stays the same.
+    A parameter ``log_X0`` is the logarithm of the variable X at which the shape costs least.
     """
 
-    formula: str
-    source: str
     parameters: tuple[str, ...]
     variables: tuple[str, ...]
     evaluate: Callable[[Values, Values], tuple[Array, dict[str, Array]]]
-    to_raw: Callable[[Values, Mapping[str, float]], dict[str, Array]]
 
 
 def _power(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
@@ -106,11 +100,6 @@ def _power(parameters: Values, variables: Values) -> tuple[Array, dict[str, Arra
     raised = ratio ** parameters["gamma"]
     excess = parameters["epsilon"] * raised
     return 1 + excess, {"epsilon": raised, "gamma": np.log(ratio) * excess}
-
-
-def _power_to_raw(parameters: Values, units: Mapping[str, float]) -> dict[str, Array]:
-    """epsilon (R / u)^gamma = (epsilon u^-gamma) R^gamma."""
-    return {**parameters, "epsilon": parameters["epsilon"] * units["R"] ** -parameters["gamma"]}
 
 
 def _log_quadratic(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
@@ -127,7 +116,7 @@ def _log_quadratic(parameters: Values, variables: Values) -> tuple[Array, dict[s
 
 
 def _two_sided(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
-    """1 + epsilon (R / R0 + R0 / R - 2), which is one at R0."""
+    """1 + epsilon (R / R0 + R0 / R - 2)."""
     ratio = variables["R"] * np.exp(-parameters["log_R0"])
     cost = ratio + 1 / ratio - 2
     return 1 + parameters["epsilon"] * cost, {
@@ -136,109 +125,45 @@ def _two_sided(parameters: Values, variables: Values) -> tuple[Array, dict[str, 
     }
 
 
-def _location_to_raw(parameters: Values, units: Mapping[str, float]) -> dict[str, Array]:
-    """ln(R / u) - (ln R0 - ln u) = ln R - ln R0; the drift is by ln N, so it moves ln R0 by -drift ln u_N."""
-    shift = np.log(units["R"]) - parameters.get("drift", 0.0) * np.log(units.get("N", 1.0))
-    return {**parameters, "log_R0": parameters["log_R0"] + shift}
-
-
-def _u_shape(variable: str, epsilon: str, location: str) -> Callable[[Values, Values], tuple[Array, dict[str, Array]]]:
-    """1 + epsilon (ln(x / x0) + x0 / x - 1): one at its minimum x0, steep below it and slow above."""
-
-    def evaluate(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
-        distance = np.log(variables[variable]) - parameters[location]
-        cost = distance + np.exp(-distance) - 1
-        return 1 + parameters[epsilon] * cost, {
-            epsilon: cost,
-            location: parameters[epsilon] * (np.exp(-distance) - 1),
-        }
-
-    return evaluate
-
-
 def _conditional(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
-    """The U-shape in d / sqrt(N), times one in M where the term has parameters for it."""
-    value, derivatives = _u_shape("W", "epsilon", "log_W0")(parameters, variables)
-    if "log_M0" not in parameters:
-        return value, derivatives
-    other, other_derivatives = _u_shape("M", "epsilon_M", "log_M0")(parameters, variables)
-    return value * other, {
-        **{name: derivative * other for name, derivative in derivatives.items()},
-        **{name: derivative * value for name, derivative in other_derivatives.items()},
-    }
-
-
-def _conditional_to_raw(parameters: Values, units: Mapping[str, float]) -> dict[str, Array]:
-    return {
-        **parameters,
-        **{f"log_{x}0": parameters[f"log_{x}0"] + np.log(units[x]) for x in ("W", "M") if f"log_{x}0" in parameters},
-    }
+    """1 + epsilon (ln(W / W0) + W0 / W - 1), times one in M where the term has parameters for it."""
+    value = np.ones(1)
+    derivatives: dict[str, Array] = {}
+    for x, epsilon in (("W", "epsilon"), ("M", "epsilon_M")):
+        if epsilon in parameters:
+            distance = np.log(variables[x]) - parameters[f"log_{x}0"]
+            cost = distance + np.exp(-distance) - 1
+            factor = 1 + parameters[epsilon] * cost
+            derivatives = {name: derivative * factor for name, derivative in derivatives.items()}
+            derivatives[epsilon] = value * cost
+            derivatives[f"log_{x}0"] = value * parameters[epsilon] * (np.exp(-distance) - 1)
+            value = value * factor
+    return value, derivatives
 
 
 _N, _D = Power("A", "N", "alpha"), Power("B", "D", "beta")
 
 BASES: dict[str, Base] = {
-    "chinchilla": Base(r"E + A N^{-\alpha} + B D^{-\beta}", "Hoffmann et al. 2022, section 3.3", (_N, _D), {"beta": "alpha"}),
-    # Gadre et al. write E + (a M^eta + b M^-eta) C^-eta with M = D / N and C = 6 N D, which is
-    # E + a 6^-eta N^(-2 eta) + b 6^-eta D^(-2 eta)
-    "over-training": Base(
-        r"E + a (C/M)^{-\eta} + b (C M)^{-\eta}, \quad C = 6 N D, \; M = D/N",
-        "Gadre et al. 2024, equation 4",
-        (Power("a", "C/M", "eta"), Power("b", "CM", "eta")),
-        {},
-    ),
-    "width-depth": Base(
-        r"E + A d^{-a} + C L^{-c} + B D^{-\beta}",
-        "powers argued for in arXiv 2606.25008, their exponents fitted",
-        (Power("A", "d", "a"), Power("C", "L", "c"), _D),
-        {"c": "a"},
-    ),
-    "width-depth-fixed": Base(
-        r"E + A d^{-1} + C L^{-1} + B D^{-1/3}",
-        "arXiv 2606.25008",
-        (Power("A", "d", 1.0), Power("C", "L", 1.0), Power("B", "D", 1 / 3)),
-        {},
-    ),
-    "gemstones": Base(
-        r"E + A N^{-\alpha} + B D^{-\beta} + F d^{-a} + C L^{-c}",
-        "McLeish et al. 2025",
-        (_N, _D, Power("F", "d", "a"), Power("C", "L", "c")),
-        {"beta": "alpha", "c": "a"},
-    ),
+    # E + A N^-alpha + B D^-beta, Hoffmann et al. 2022, section 3.3
+    "chinchilla": Base((_N, _D), {"beta": "alpha"}),
+    # Gadre et al. 2024, equation 4: E + (a M^eta + b M^-eta) C^-eta with M = D / N and C = 6 N D, which is
+    # E + a (C / M)^-eta + b (C M)^-eta, powers of N^2 and of D^2
+    "over-training": Base((Power("a", "C/M", "eta"), Power("b", "CM", "eta")), {}),
+    # powers argued for in arXiv 2606.25008, here with fitted exponents
+    "width-depth": Base((Power("A", "d", "a"), Power("C", "L", "c"), _D), {"c": "a"}),
+    "width-depth-fixed": Base((Power("A", "d", 1.0), Power("C", "L", 1.0), Power("B", "D", 1 / 3)), {}),
+    # McLeish et al. 2025
+    "gemstones": Base((_N, _D, Power("F", "d", "a"), Power("C", "L", "c")), {"beta": "alpha", "c": "a"}),
 }
 
 SHAPE_TERMS: dict[str, ShapeTerm] = {
-    "power": ShapeTerm(r"1 + \epsilon R^{\gamma}", "the paper, section 2", ("epsilon", "gamma"), ("R",), _power, _power_to_raw),
-    "log-quadratic": ShapeTerm(
-        r"1 + \epsilon (\ln R - \ln R_0)^2", "ours", ("epsilon", "log_R0"), ("R",), _log_quadratic, _location_to_raw
-    ),
-    "log-quadratic-drift": ShapeTerm(
-        r"1 + \epsilon (\ln R - \ln R_0 - \delta \ln N)^2",
-        "ours",
-        ("epsilon", "log_R0", "drift"),
-        ("R", "N"),
-        _log_quadratic,
-        _location_to_raw,
-    ),
-    "two-sided": ShapeTerm(
-        r"1 + \epsilon (R/R_0 + R_0/R - 2)", "ours", ("epsilon", "log_R0"), ("R",), _two_sided, _location_to_raw
-    ),
-    "conditional": ShapeTerm(
-        r"1 + \epsilon (\ln(W/W_0) + W_0/W - 1)",
-        "arXiv 2510.18245, with the scale of a_0 + a_1 ln W + a_2 / W taken into the base",
-        ("epsilon", "log_W0"),
-        ("W",),
-        _conditional,
-        _conditional_to_raw,
-    ),
-    "conditional-ratio": ShapeTerm(
-        r"(1 + \epsilon (\ln(W/W_0) + W_0/W - 1))(1 + \epsilon_M (\ln(M/M_0) + M_0/M - 1))",
-        "arXiv 2510.18245, with both scales taken into the base",
-        ("epsilon", "log_W0", "epsilon_M", "log_M0"),
-        ("W", "M"),
-        _conditional,
-        _conditional_to_raw,
-    ),
+    "power": ShapeTerm(("epsilon", "gamma"), ("R",), _power),  # the paper, section 2
+    "log-quadratic": ShapeTerm(("epsilon", "log_R0"), ("R",), _log_quadratic),  # this and the next two are ours
+    "log-quadratic-drift": ShapeTerm(("epsilon", "log_R0", "drift"), ("R", "N"), _log_quadratic),
+    "two-sided": ShapeTerm(("epsilon", "log_R0"), ("R",), _two_sided),
+    # arXiv 2510.18245, with the scale of its a_0 + a_1 ln W + a_2 / W taken into the base
+    "conditional": ShapeTerm(("epsilon", "log_W0"), ("W",), _conditional),
+    "conditional-ratio": ShapeTerm(("epsilon", "log_W0", "epsilon_M", "log_M0"), ("W", "M"), _conditional),
 }
 
 
@@ -254,12 +179,6 @@ class Law:
     shape: ShapeTerm | None
     exponents: Exponents
     ties: Mapping[str, str]
-
-    @property
-    def formula(self) -> str:
-        return (
-            self.base.formula if self.shape is None else rf"\left({self.base.formula}\right)\left({self.shape.formula}\right)"
-        )
 
     @cached_property
     def linear(self) -> tuple[str, ...]:
@@ -334,15 +253,20 @@ class Law:
     def to_raw(self, values: ArrayLike, units: Mapping[str, float]) -> Array:
         """Parameters for raw variables, from those for variables divided by ``units``; shape (..., p) both.
 
-        c (x / u)^-e = (c u^e) x^-e for the base; the shape term brings its own rule.
+        c (x / u)^-e = (c u^e) x^-e for the base. For shape terms epsilon (R / u)^gamma = (epsilon u^-gamma) R^gamma, and
+        ln(x / u) - (ln x0 - ln u) = ln x - ln x0, where a drift by ln(N / u) is one by ln N and a shift.
         """
         parameters = self.by_name(values, self.parameters)
         raw = dict(parameters)
         for power in self.base.powers:
             exponent = parameters[power.exponent] if isinstance(power.exponent, str) else power.exponent
             raw[power.coefficient] = parameters[power.coefficient] * np.float64(units[power.variable]) ** exponent
-        if self.shape:
-            raw |= {name: self.shape.to_raw(parameters, units)[name] for name in self.shape.parameters}
+        for name in self.shape.parameters if self.shape else ():
+            if name.startswith("log_"):
+                drift = parameters.get("drift", 0.0) * np.log(units.get("N", 1.0))
+                raw[name] = parameters[name] + np.log(units[name[4]]) - drift
+            elif name == "gamma":
+                raw["epsilon"] = parameters["epsilon"] * units["R"] ** -parameters["gamma"]
         return np.concatenate([raw[name] for name in self.parameters], axis=-1)
 
     def by_name(self, values: ArrayLike, names: tuple[str, ...]) -> dict[str, Array]:

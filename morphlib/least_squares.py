@@ -227,6 +227,8 @@ class _Problem:
         penalty = np.sqrt(damping) * longest
         columns = np.hypot(here.lengths, penalty)
         stacked = np.vstack([here.reduced, np.diag(penalty)]) / columns
+        if not np.isfinite(stacked).all():
+            return np.full_like(longest, np.nan), 0.0
 
         def solve(right: Array) -> Array:
             return np.linalg.lstsq(stacked, np.concatenate([right, np.zeros_like(right)]), rcond=None)[0] / columns

@@ -95,6 +95,23 @@ def test_fit_with_everything(capsys, tmp_path, paper):
     assert code == 0 and "95 % low" in out and "339M_v1" in out
 
 
+def test_information_criteria_and_profiles(capsys, paper):
+    result = fit_json(capsys, "paper", "--profile")
+    assert set(result["information_criteria"]) == {"aic", "aicc", "bic"}
+    # AIC = 2k + n (ln(2 pi SSE / n) + 1), k = 6
+    expected = 12 + 76 * (np.log(2 * np.pi * result["metrics"]["fitted"]["mse"]) + 1)
+    assert result["information_criteria"]["aic"] == pytest.approx(expected, rel=1e-9)
+    assert result["intervals"] == {"of": "profile", "cluster": None, "n_clusters": 76, "note": None}
+    assert all(entry["low"] < entry["value"] < entry["high"] for entry in result["parameters"].values())
+    code, out, _ = morph(capsys, "fit", "paper", "--profile")
+    assert code == 0 and "intervals: profile, 76 rows" in out
+    assert f"AIC {expected:.1f}, AICc" in out and "(they assume independent rows)" in out
+    robust = fit_json(capsys, "paper", "--loss", "huber")
+    assert robust["information_criteria"] == {"aic": None, "aicc": None, "bic": None}
+    code, out, _ = morph(capsys, "fit", "paper", "--loss", "huber")
+    assert code == 0 and "AIC" not in out
+
+
 def test_weights(capsys, tmp_path, paper):
     table = paper.assign(half=np.where(paper["family"] == "80M", 0.5, 1.0), only=paper["fit_main"])
     path = written(table, tmp_path / "runs.csv")
@@ -206,6 +223,10 @@ def test_a_faulty_table_is_exit_code_2_and_one_line(capsys, tmp_path, paper, fau
         ["fit", "paper", "--published", "--loss", "huber"],
         ["fit", "paper", "--published", "--law", "width-depth"],
         ["fit", "paper", "--weights", "nothing"],
+        ["fit", "paper", "--profile", "--bootstrap", "50"],
+        ["fit", "paper", "--profile", "--cluster", "name"],
+        ["fit", "paper", "--profile", "--loss", "huber"],
+        ["fit", "paper", "--profile", "--fit-on", "fit_20N_only", "--law", "chinchilla"],
         ["fit", "paper", "--published", "--weights", "tokens"],
         ["compare", "paper", "--holdout", "nothing"],
         ["compare", "paper", "--law", "kaplan"],

@@ -271,15 +271,13 @@ def test_information_criteria_agree_with_statsmodels(paper):
     assert diagnostics.information_criteria(weighted, paper).bic == pytest.approx(oracle.bic + np.log(n), rel=1e-9)
 
 
-def test_information_criteria_need_independent_rows(paper):
-    fit = fitting.fit(paper, laws.get("chinchilla"), "fit_main")  # three shapes are there with two budgets
-    assert np.isnan(diagnostics.information_criteria(fit, paper)).all()
-    assert np.isfinite(diagnostics.information_criteria(fit, paper, assume_independent=True)).all()
-    apart = fitting.fit(paper, laws.get("chinchilla"), "fit_20N_only")
-    assert np.isfinite(diagnostics.information_criteria(apart, paper)).all()
-    assert np.isnan(diagnostics.information_criteria(apart, paper.assign(run="one"))).all()
+def test_fits_without_information_criteria(paper):
+    law = laws.get("chinchilla")
+    assert np.isnan(diagnostics.information_criteria(fitting.fit(paper, law, loss="huber"), paper)).all()
     few = paper.iloc[[0, 20, 40, 60]].reset_index(drop=True)
-    assert np.isnan(diagnostics.information_criteria(fitting.fit(few, laws.get("chinchilla")), few)).all()
+    assert np.isnan(diagnostics.information_criteria(fitting.fit(few, law), few)).all()
+    six = paper.iloc[[0, 20, 40, 60, 70, 71]].reset_index(drop=True)
+    assert list(np.isnan(diagnostics.information_criteria(fitting.fit(six, law), six))) == [False, True, False]
 
 
 # --- The order of a few models

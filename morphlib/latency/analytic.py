@@ -429,10 +429,12 @@ def _as_measured(row: Mapping[Any, Any], known: Mapping[str, Estimate]) -> float
 
 CpuFit = dict[tuple[str, str], dict[str, Array]]
 
+_parsed = cache(Shape.parse)  # leaving shapes out reads each of them a thousand times
+
 
 def _cpu_design(row: Mapping[Any, Any], time: str) -> list[float]:
     """What a CPU takes time for: bytes, FLOPs, layers and one."""
-    shape, batch, tokens = Shape.parse(row["shape"]), row["batch"], row["in_tokens"]
+    shape, batch, tokens = _parsed(row["shape"]), row["batch"], row["in_tokens"]
     bits: Bits = 32 if row["dtype"] == "fp32" else 16
     weight_bytes = shape.weight_bytes(bits, "without_input_embedding")
     if time == "ttft_s":
