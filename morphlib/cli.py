@@ -101,13 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--published", action="store_true", help="fit exactly as the authors' code does")
     fit.add_argument("--allow-negative", action="store_true", help="let coefficients fall below zero")
-    fit.add_argument("--weights", metavar="COLUMN", help="weights of the squared residuals, at least zero (default: equal)")
     fit.add_argument("--loss", choices=_LOSSES, default="squared", help="log-huber is of ln L (default: %(default)s)")
+    fit.add_argument(
+        "--weights", metavar="COLUMN", help="weights of the squared residuals: a row has noise of a variance of 1 / weight"
+    )
+    fit.add_argument("--profile", action="store_true", help="report 95 %% intervals by the profile of the sum of squares")
     fit.add_argument("--bootstrap", type=_number(2), metavar="N", help="refit N resamples and report 95 %% intervals")
     fit.add_argument("--cluster", metavar="COLUMN", help="rows with one value of this column, such as name, share errors")
-    fit.add_argument(
-        "--profile", action="store_true", help="95 %% intervals by the sum of squares itself, for independent rows"
-    )
     fit.add_argument("--predict", metavar="CSV", help="also predict the loss of these runs; the file needs no loss")
     fit.set_defaults(run=_fit, show=_show_fit)
 
@@ -153,14 +153,18 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
 
     table = _load(arguments)
     law = laws.get(arguments.law, arguments.exponents)
-    weights = _weights(table, arguments.weights) if arguments.weights else None
+    weights = None
+    if arguments.weights is not None:
+        if arguments.weights not in table:
+            raise InputError(f"{arguments.runs}: column {arguments.weights}, given as --weights, is missing")
+        weights = table[arguments.weights]
     if arguments.published:
-        if arguments.loss != "squared" or arguments.weights:
-            raise InputError("the authors fitted squared residuals of equal weight; leave out --loss, --weights or --published")
+        if arguments.loss != "squared" or weights is not None:
+            raise InputError("the authors fitted squared residuals without weights; leave out --loss, --weights or --published")
         fit = fitting.fit_published(table, law, arguments.fit_on)
     else:
-        positive = not arguments.allow_negative
-        fit = fitting.fit(table, law, arguments.fit_on, positive=positive, weights=weights, loss=arguments.loss)
+        options = {"loss": arguments.loss, "positive": not arguments.allow_negative, "weights": weights}
+        fit = fitting.fit(table, law, arguments.fit_on, **options)
     metrics = {use: asdict(value) for use, value in diagnostics.metrics_by_use(table, fit).items()}
     for values in metrics.values():
         values["mape"] = values.pop("mape_pct")
@@ -175,12 +179,11 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
         "parameters": parameters,
         "metrics": metrics,
         "predictions": predictions.to_dict(orient="records"),
-        "status": {"code": fit.status.name.lower(), "message": fit.status.value},
-        "verdict": _verdict(table, fit),
-        "information_criteria": diagnostics.information_criteria(fit, table)._asdict(),
+        **_ending(table, fit),
         # residuals say which rows stand out only where the fit is that of their squares
         "audit": [f.sentence for f in diagnostics.audit(table, fit if arguments.loss == "squared" else None)],
-        "shapes_left_out": _shapes_left_out(table, law, arguments.fit_on, weights),
+        "shapes_left_out": _shapes_left_out(table, fit, arguments.fit_on, weights),
+        "information_criteria": diagnostics.information_criteria(fit, table, assume_independent=True)._asdict(),
     }
     intervals = _intervals(arguments, table, fit)
     if intervals is not None:
@@ -196,48 +199,41 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _verdict(table: pd.DataFrame, fit: Fit) -> dict[str, Any]:
+def _ending(table: pd.DataFrame, fit: Fit) -> dict[str, Any]:
     from morphlib import diagnostics
 
     verdict = diagnostics.identifiability(table, fit)
-    return {"identified": verdict.identified, "sentences": list(verdict.sentences)}
+    return {
+        "status": {"code": fit.status.name.lower(), "message": fit.status.value},
+        "verdict": {"identified": verdict.identified, "sentences": list(verdict.sentences)},
+    }
 
 
-def _weights(table: pd.DataFrame, column: str) -> laws.Array:
-    """A column as numbers; what is no number is NaN, which the fit refuses."""
-    import pandas as pd
-
-    if column not in table:
-        raise InputError(f"the table has no column {column!r} of weights; it has {', '.join(table.columns)}")
-    return pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
-
-
-def _shapes_left_out(
-    table: pd.DataFrame, law: laws.Law, fit_on: str | None, weights: laws.Array | None
-) -> dict[str, Any] | None:
-    """Errors over rows predicted without their shape; None where leaving shapes out leaves too little."""
+def _shapes_left_out(table: pd.DataFrame, fit: Fit, fit_on: str | None, weights: pd.Series | None) -> dict[str, Any] | None:
+    """Errors over rows predicted without their shape, by least squares; None where that is another fit or leaves too little."""
     from morphlib import diagnostics
 
+    if fit.loss != "squared":
+        return None
     try:
-        errors = diagnostics.held_out_losses(table, law, "shape", fit_on, weights=weights).metrics
+        errors = diagnostics.held_out_losses(table, fit.law, "shape", fit_on, weights=weights).metrics
     except InputError:
         return None
     return {"n": errors.n, "rmse": errors.rmse, "mape": errors.mape_pct}
 
 
 def _intervals(arguments: argparse.Namespace, table: pd.DataFrame, fit: Fit) -> dict[str, Any] | None:
-    """95 % intervals of the parameters where they are asked for, by profile, by resampling or by CR3."""
+    """95 % intervals of the parameters where they are asked for, by resampling, by CR3 or by the profile."""
     import pandas as pd
 
     from morphlib import uncertainty
 
     if arguments.profile:
         if arguments.bootstrap or arguments.cluster:
-            raise InputError(
-                "--profile takes rows for independent and resamples none; leave it out, or --bootstrap and --cluster"
-            )
+            raise InputError("a profile takes rows for independent; leave out --bootstrap and --cluster, or --profile")
         ends = {name: uncertainty.profile_interval(table, fit, name) for name in fit.parameters}
-        of, interval, n_clusters = "profile", pd.DataFrame(ends, index=["low", "high"]).T, len(fit.rows(table))
+        interval = pd.DataFrame.from_dict(ends, orient="index", columns=["low", "high"])
+        of, n_clusters = "profile", int(fit.fitted.sum())
     elif arguments.bootstrap:
         resampled = uncertainty.bootstrap(table, fit, arguments.bootstrap, cluster=arguments.cluster)
         of = f"{len(resampled.values)} resamples, {resampled.n_left_out} left out"
@@ -272,37 +268,39 @@ def _design(arguments: argparse.Namespace) -> dict[str, Any]:
     candidates = _load(arguments, arguments.candidates, fit.count)
     target = _load(arguments, arguments.target, fit.count) if arguments.target else None
     ranked = design.rank_next_runs(table, fit, candidates, target, arguments.parameter)
-    status = {"code": fit.status.name.lower(), "message": fit.status.value}
-    return {"candidates": ranked.to_dict(orient="records"), "status": status, "verdict": _verdict(table, fit)}
+    return {"candidates": ranked.to_dict(orient="records"), **_ending(table, fit)}
 
 
 def _show_fit(result: dict[str, Any]) -> None:
     print(f"{result['law']}, {result['exponents']} exponents, N counted as {result['count']}\n")
-    intervals = result.get("intervals")
-    print(f"{'parameter':<12}{'value':>14}{'std. error':>14}" + (f"{'95 % low':>14}{'high':>14}" if intervals else ""))
-    for name, entry in result["parameters"].items():
-        interval = f"{entry['low']:>14.6g}{entry['high']:>14.6g}" if intervals else ""
-        print(f"{name:<12}{entry['value']:>14.6g}{entry['standard_error']:>14.3g}{interval}")
-    if intervals:
+    _show_table([{"parameter": name, **entry} for name, entry in result["parameters"].items()])
+    if intervals := result.get("intervals"):
         of = "rows" if intervals["cluster"] is None else f"clusters by {intervals['cluster']}"
         note = f"; {intervals['note']}" if intervals["note"] else ""
         print(f"intervals: {intervals['of']}, {intervals['n_clusters']} {of}{note}")
-    print(f"\n{'rows':<12}{'n':>5}{'MSE':>12}{'RMSE':>10}{'R2':>10}{'MAPE %':>9}")
-    for use, m in result["metrics"].items():
-        if m["n"]:
-            seen = "" if use == "held_out" else "  (includes rows the fit has seen)"
-            print(f"{use:<12}{m['n']:>5}{m['mse']:>12.6f}{m['rmse']:>10.4f}{m['r2']:>10.5f}{m['mape']:>9.3f}{seen}")
-    if left_out := result["shapes_left_out"]:
-        print(f"{'each shape':<12}{left_out['n']:>5}{'':>12}{left_out['rmse']:>10.4f}{'':>10}{left_out['mape']:>9.3f}", end="")
-        print("  (predicted without its shape)")
-    if math.isfinite((criteria := result["information_criteria"])["bic"]):
-        print("AIC {aic:.1f}, AICc {aicc:.1f}, BIC {bic:.1f} (they assume independent rows)".format(**criteria))
+    seen = {
+        "all": "includes rows the fit has seen",
+        "fitted": "rows the fit has seen",
+        "held_out": "",
+        "each shape": "left out",
+    }
+    errors = result["metrics"] | {"each shape": result["shapes_left_out"] or {"n": 0}}
+    print()
+    _show_table([{"rows": use, **m, "": seen[use]} for use, m in errors.items() if m["n"]])
+    criteria = result["information_criteria"]
+    if math.isfinite(criteria["bic"]):
+        print("\nAIC {aic:.2f}, AICc {aicc:.2f}, BIC {bic:.2f} (they assume independent rows)".format(**criteria))
     if "predicted" in result:
-        print(f"\n{'predicted':<20}{'tokens':>12}{'loss':>10}{'95 % low':>10}{'high':>10}")
-        for row in result["predicted"]:
-            loss = f"{row['loss_predicted']:>10.4f}{row['low']:>10.4f}{row['high']:>10.4f}"
-            print(f"{row['name']:<20}{row['tokens']:>12.4g}{loss}")
+        print()
+        _show_table(result["predicted"])
     _show_verdict(result)
+
+
+def _show_table(rows: list[dict[str, Any]]) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame(rows).rename(columns={"low": "95 % low", "high": "95 % high", "standard_error": "std. error"})
+    print(table.to_string(index=False, na_rep="", float_format="{:.5g}".format))
 
 
 def _show_verdict(result: dict[str, Any]) -> None:
@@ -313,9 +311,7 @@ def _show_verdict(result: dict[str, Any]) -> None:
 
 def _show_rows(key: str) -> Callable[[dict[str, Any]], None]:
     def show(result: dict[str, Any]) -> None:
-        import pandas as pd
-
-        print(pd.DataFrame(result[key]).to_string(index=False, float_format=lambda number: f"{number:.4g}"))
+        _show_table(result[key])
         if "verdict" in result:
             _show_verdict(result)
 

@@ -48,15 +48,15 @@ def rank_next_runs(
     candidates), or of ``parameter`` in the units of ``diagnostics.Verdict``, would fall; ``flops``, by
     default 6 N D; gain_per_flop. Rows keep the index of ``candidates``.
 
-    A new run counts as one of weight one. In directions that the rows leave open the variance is not infinite but
+    New runs have weight one. In directions that the rows leave open the variance is not infinite but
     what it would be at the largest condition number that a fit may have, so runs that would close them
     rank first. Raises ``InputError`` for a fit of another table, both or an unknown aim, or unusable candidates.
     """
     if target is not None and parameter is not None:
         raise InputError("a design has one aim; give target rows or a parameter, not both")
-    law, rows = fit.law, fit.rows(table)
+    law = fit.law
+    rows, _, jacobian, _ = fitting.linearized(table, fit)
     _check(candidates, fit, "candidates")
-    jacobian = fit.scaled_jacobian(table)
     lengths = np.linalg.norm(jacobian, axis=0)
     if not np.isfinite(lengths).all():
         raise InputError("the fit has parameters without finite derivatives; fit again with fewer free parameters")

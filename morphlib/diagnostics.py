@@ -117,14 +117,14 @@ class Verdict:
 def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
     """Whether the fitted rows determine each parameter of the law, and which runs would cure it if not.
 
-    The rows are taken to have independent noise, of one size over the root of the fit's weights. Raises
-    ``InputError`` where the fit is of another table.
+    The rows are taken as independent, of noise s^2 / weight (of a robust fit: as if it were one of squares).
+    Raises ``InputError`` where the fit is of another table.
     """
-    rows, law = fit.rows(table), fit.law
-    values = fitting.scaled_jacobian(law, fit.values, rows, rows)[0]
+    law = fit.law
+    rows, values, jacobian, residuals = fitting.linearized(table, fit)
     variables = {name: runs.variables(rows)[name] for name in _read_variables(law)}
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        covariance = fitting.covariance_of(fit.scaled_jacobian(table), fit.residuals(table))
+        covariance = fitting.covariance_of(jacobian, residuals)
         errors = np.sqrt(np.diag(covariance))
         correlation = covariance / np.outer(errors, errors)
     names = law.parameters
@@ -140,7 +140,8 @@ def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
         for name, value, error, scale in zip(names, values, errors, scales, strict=True)
         if not error <= scale or _at_range_end(law, name, value)
     )
-    correlations = {(a, b): _correlation(np.log(variables[a]), np.log(variables[b])) for a, b in combinations(variables, 2)}
+    of_logarithms = pd.DataFrame(variables).apply(np.log).corr()  # NaN of a variable that does not vary
+    correlations = {(a, b): float(of_logarithms[a][b]) for a, b in combinations(variables, 2)}
     copies = int(repeated_rows(rows).sum())
     return Verdict(
         identified=fit.status in SOUND and not undetermined and not copies,
@@ -161,13 +162,6 @@ def _read_variables(law: Law) -> tuple[str, ...]:
     """N, D and R, then what else the law reads; C/M and CM are powers of N and D."""
     read = (POWER_OF.get(name, name) for name in law.variables)
     return tuple(dict.fromkeys(("N", "D", "R", *read)))
-
-
-def _correlation(a: Array, b: Array) -> float:
-    """Pearson's; NaN where one does not vary."""
-    a, b = a - a.mean(), b - b.mean()
-    length = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / length) if length > 1e-12 * len(a) else np.nan
 
 
 def _natural_scale(law: Law, name: str, value: float, variables: Mapping[str, Array]) -> float:
@@ -200,8 +194,6 @@ def _about_parameters(fit: Fit, undetermined: tuple[str, ...], confounded: tuple
         yield f"The {n_rows} rows determine every parameter of {fit.law.name} ({condition})."
     if fit.status is not Status.CONVERGED:
         yield fit.status.value
-    if negative := [name for name in fit.law.linear if fit.parameters[name] < 0]:
-        yield f"{_listed(negative)} came out negative, which has no physical meaning: do not extrapolate."
     if confounded:
         pairs = ", ".join(f"{a} and {b} ({value:.4f})" for a, b, value in confounded)
         yield f"The rows hardly tell some parameters apart; estimates that correlate: {pairs}."
@@ -318,38 +310,37 @@ def held_out_losses(
     holdout: Holdout,
     fit_on: str | None = None,
     *,
-    weights: Array | None = None,
+    weights: Array | pd.Series | None = None,
     n_starts: int = 8,
     seed: int = 0,
 ) -> HeldOut:
     """The loss of every held-out row, predicted by the fit that did not see it.
 
-    Only rows that the 0/1 column ``fit_on`` marks train (all without it), with ``weights`` as in
-    ``fitting.fit``; every row of a fold is predicted and counts alike, marked or not. All folds are
-    fitted at once, from ``n_starts`` random starts and the optimum of all training rows, which is only
-    one more place to start from.
+    Only rows that the 0/1 column ``fit_on`` marks train (all without it), with their ``weights`` as in
+    ``fitting.fit``; every row of a fold is predicted, marked or not. All folds are fitted at once, from
+    ``n_starts`` random starts and the optimum of all training rows, which is only one more place to start from.
     """
     folds = splits(table, holdout)
-    of_table = np.ones(len(table)) if weights is None else fitting.checked_weights(weights, table)
-    marked = runs.fit_mask(table, fit_on) & (of_table > 0)
-    rows, training = table[marked], folds.training[:, marked] * of_table[marked]
+    row_weights = runs.fit_mask(table, fit_on) * (1.0 if weights is None else fitting.checked_weights(weights, table))
+    used = row_weights > 0
+    rows, training = table[used], (folds.training * row_weights)[:, used]
     undetermined: dict[str, str] = {}
-    for label, row_weights in zip(folds.labels, training, strict=True):
+    for label, weight in zip(folds.labels, training, strict=True):
         try:
-            fitting.check_rows(rows[row_weights > 0], law)
+            fitting.check_rows(rows[weight > 0], law)
         except InputError as error:
             undetermined[label] = str(error)
     predicted = np.full(len(table), np.nan)
     if fitted := [p for p, label in enumerate(folds.labels) if label not in undetermined]:
-        start = fitting.solve(rows, law, of_table[np.newaxis, marked], seed=seed).values[0, len(law.linear) :]
+        start = fitting.solve(rows, law, row_weights[np.newaxis, used], seed=seed).values[0, len(law.linear) :]
         found = fitting.solve(rows, law, training[fitted], n_starts=n_starts, seed=seed, near=start)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             losses = law.predict(found.values, runs.variables(table))
         for p, loss, values, converged in zip(fitted, losses, found.values, found.converged, strict=True):
             held = folds.training[p] == 0
             predicted[held] = loss[held]
-            used = training[p] > 0
-            status, _ = fitting.status_of(law, values, rows[used], bool(converged), training[p, used])
+            trained = training[p] > 0
+            status, _ = fitting.status_of(law, values, rows[trained], bool(converged), training[p][trained])
             if status not in SOUND:
                 undetermined[folds.labels[p]] = status.value
     held = (folds.training == 0).any(axis=0)
@@ -372,10 +363,9 @@ def compare(
 
     Columns: law, exponents, count, holdout, ``n`` held-out rows predicted, rmse (nats per token), mape
     (percent), ``undetermined`` folds; then the difference of the rmse to the first law's over the rows
-    that both predict, with its 95 % percentile interval. Laws that predict fewer rows come last.
-
-    The interval resamples the held-out residuals by whole shapes (the rows of one shape are not
-    independent) with the fits held fixed: it does not include how the fits would vary on other runs.
+    that both predict, with its 95 % percentile interval. The interval resamples shapes, whose rows are not
+    independent, among the errors already made: no law is fitted again. It leaves out that other rows would
+    have given other fits and perhaps another best law, so it is too narrow. Laws that predict fewer rows come last.
     """
     if not laws:
         raise InputError("there are no laws to compare; give at least one")
@@ -418,22 +408,26 @@ class InformationCriteria(NamedTuple):
     bic: float
 
 
-def information_criteria(fit: Fit, table: pd.DataFrame) -> InformationCriteria:
-    """AIC, AICc and BIC of a least-squares fit, for laws fitted to the same rows with the same weights.
+def information_criteria(fit: Fit, table: pd.DataFrame, *, assume_independent: bool = False) -> InformationCriteria:
+    """AIC, AICc and BIC of a least-squares fit, for laws fitted to the same rows; NaN of a robust or weighted one.
 
-    With k = p + 1 (the noise variance counts) and ln L = -n/2 (ln(2 pi SSE / n) + 1) + sum(ln w) / 2 for weights w:
-    AIC = 2k - 2 ln L, AICc = AIC + 2k(k+1)/(n-k-1), BIC = k ln n - 2 ln L (Burnham and Anderson 2002, chapter 2).
+    With k = p + 1 (the noise variance counts) and ln L = -n/2 (ln(2 pi SSE / n) + 1): AIC = 2k - 2 ln L,
+    AICc = AIC + 2k(k+1)/(n-k-1), BIC = k ln n - 2 ln L (Burnham and Anderson 2002, chapter 2).
 
-    They assume independent rows of Gaussian noise. Rows of one shape share what the law does not know of
-    it, and checkpoints of one run share their noise as well: then n overstates what is known and the
-    criteria favour too many parameters; ``compare`` needs no such assumption. NaN for a robust fit and
+    They need independent rows of Gaussian noise. Rows of one shape share what the law does not know of
+    it, and checkpoints of one run share their noise as well: then n overstates what is known and
+    the criteria favour too many parameters. All are therefore NaN where a shape or a ``run`` repeats
+    among the fitted rows, unless ``assume_independent``; ``compare`` needs no such assumption. NaN, too,
     where there are no more rows than parameters (AICc: than k + 1).
     """
-    n, k = len(fit.rows(table)), len(fit.values) + 1
-    if n < k or fit.loss != "squared":
+    rows = fit.rows(table)
+    n, k = len(rows), len(fit.values) + 1
+    repeated = len(np.unique(shape_numbers(rows))) < n or ("run" in rows and rows["run"].duplicated().any())
+    unlike = fit.loss != "squared" or np.ptp(fit.weights) > 0  # it has another likelihood
+    if n < k or unlike or (repeated and not assume_independent):
         return InformationCriteria(np.nan, np.nan, np.nan)
-    sse = float((fit.residuals(table) ** 2).sum())
-    deviance = n * (math.log(2 * math.pi * sse / n) + 1) - float(np.log(fit.weights).sum()) if sse > 0 else -math.inf
+    sse = float(((rows["loss"].to_numpy() - fit.loss_predicted[fit.fitted]) ** 2).sum())
+    deviance = n * (math.log(2 * math.pi * sse / n) + 1) if sse > 0 else -math.inf
     correction = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.nan
     return InformationCriteria(deviance + 2 * k, deviance + 2 * k + correction, deviance + k * math.log(n))
 
@@ -549,28 +543,22 @@ def _runs(table: pd.DataFrame) -> list[str]:
 
 
 def _duplicates(table: pd.DataFrame) -> Iterator[Finding]:
-    names, labels = _runs(table), list(table.index)
-    shape, tokens, loss = shape_numbers(table), table["tokens"].to_numpy(dtype=float), table["loss"].to_numpy(dtype=float)
-    by_budget = {(s, budget): value for s, budget, value in zip(shape, tokens, loss, strict=True)}
-    repeats = repeated_rows(table)
+    names, labels, repeats = _runs(table), table.index.to_numpy(), repeated_rows(table)
     if repeats.any():
         first = names[int(repeats.argmax())]
         sentence = f"{int(repeats.sum())} rows, the first {first}, repeat the shape, tokens and loss of a row before them."
-        yield Finding("duplicate", sentence, tuple(label for label, again in zip(labels, repeats, strict=True) if again))
+        yield Finding("duplicate", sentence, tuple(labels[repeats]))
+    losses = table.assign(shape=shape_numbers(table)).pivot_table("loss", "shape", "tokens", aggfunc="last")
+    shape, tokens, loss = shape_numbers(table), table["tokens"].to_numpy(), table["loss"].to_numpy()
     for i, j in combinations(np.flatnonzero(~repeats), 2):
-        if tokens[i] != tokens[j] or abs(loss[i] - loss[j]) > SAME_LOSS or shape[i] == shape[j]:
-            continue
-        gaps = [
-            abs(by_budget[shape[i], budget] - by_budget[shape[j], budget])
-            for budget in np.unique(tokens)
-            if budget != tokens[i] and (shape[i], budget) in by_budget and (shape[j], budget) in by_budget
-        ]
-        if gaps and min(gaps) >= 10 * SAME_LOSS:
-            sentence = (
-                f"{names[i]} and {names[j]} have losses {loss[i]:.4f} and {loss[j]:.4f}, though at every other budget they "
-                f"share they differ by {min(gaps):.4f} or more."
-            )
-            yield Finding("near-duplicate", sentence, (labels[i], labels[j]))
+        if tokens[i] == tokens[j] and abs(loss[i] - loss[j]) <= SAME_LOSS and shape[i] != shape[j]:
+            gap = (losses.loc[shape[i]] - losses.loc[shape[j]]).drop(tokens[i]).abs().min()
+            if gap >= 10 * SAME_LOSS:  # NaN where they share no other budget
+                sentence = (
+                    f"{names[i]} and {names[j]} have losses {loss[i]:.4f} and {loss[j]:.4f}, though at every other budget "
+                    f"they share they differ by {gap:.4f} or more."
+                )
+                yield Finding("near-duplicate", sentence, (labels[i], labels[j]))
 
 
 def repeated_rows(table: pd.DataFrame) -> np.ndarray:
@@ -579,12 +567,8 @@ def repeated_rows(table: pd.DataFrame) -> np.ndarray:
 
 
 def _outliers(table: pd.DataFrame, fit: Fit) -> list[Finding]:
-    rows = fit.rows(table)
-    jacobian = fit.scaled_jacobian(table)
-    lengths = np.linalg.norm(jacobian, axis=0)
-    used = np.isfinite(lengths) & (lengths > 0)
-    leverage = (np.linalg.qr(jacobian[:, used] / lengths[used])[0] ** 2).sum(axis=1)
-    residual = fit.residuals(table)
+    rows, _, jacobian, residual = fitting.linearized(table, fit)
+    leverage = (fitting.orthonormal(jacobian[:, fitting.influential(jacobian)])[0] ** 2).sum(axis=1)
     freedom = len(rows) - len(fit.values) - 1
     if freedom < 1:
         return []

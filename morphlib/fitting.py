@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import Enum
-from itertools import combinations
+from itertools import product
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -45,6 +45,8 @@ SAME_OPTIMUM = 1e-6  # relative difference in the sum of squares under which two
 # parameters can change by their own size while no loss changes in its fourth decimal, the last one
 # that is published (5e-5 of a loss of about 3).
 CONDITION_LIMIT = 6e4
+ROBUST_STARTS = 3  # resamples whose solutions a robust search also starts from
+ROBUST_ITERATIONS = 400  # of each; the paper's rows take about a hundred
 ONE_SIZE = 1.1  # largest over smallest value of a variable under which its term is a constant
 EXPONENT_RANGE = (1e-3, 20.0)  # x^-e beyond it is a constant or a step on any table of runs
 
@@ -84,11 +86,10 @@ class Status(Enum):
 class Fit:
     """A fitted law. Arrays are read-only; ``fitted`` and ``loss_predicted`` follow the table's rows.
 
-    ``weights``, (n,), are those of the n fitted rows' residuals; a row of weight zero is not fitted. ``loss``
-    is what was summed over their residuals.
-    ``covariance`` and ``standard_errors`` assume independent rows, noise of one size over the root of the
-    weight, and the law to be right: s^2 (J'J)^-1 with s^2 = SSE / (n - p), rows of J and residuals times the
-    root of their weight. They are NaN where n = p, and for a parameter at a bound or its exponent.
+    ``covariance`` and ``standard_errors`` assume independent rows and the law to be right:
+    s^2 (J'WJ)^-1 with s^2 = r'Wr / (n - p), W the ``weights`` of the n fitted rows, shape (n,). So the noise of
+    a row has the variance s^2 / weight, and only the ratios of weights matter. They are NaN where
+    n = p, and for a parameter at a bound or its exponent.
     """
 
     law: Law
@@ -118,15 +119,6 @@ class Fit:
             )
         return table[self.fitted]
 
-    def residuals(self, table: pd.DataFrame) -> Array:
-        """Measured less predicted loss of the fitted rows, times the root of their weights, shape (n,)."""
-        return (self.rows(table)["loss"].to_numpy() - self.loss_predicted[self.fitted]) * np.sqrt(self.weights)
-
-    def scaled_jacobian(self, table: pd.DataFrame) -> Array:
-        """``scaled_jacobian`` of the fitted rows, times the root of their weights, shape (n, p)."""
-        rows = self.rows(table)
-        return scaled_jacobian(self.law, self.values, rows, rows)[1] * np.sqrt(self.weights)[:, None]
-
     def predict(self, table: pd.DataFrame) -> Array:
         """The loss, in nats per token, predicted for the rows of a run table, shape (n,)."""
         return self.law.predict(self.values, runs.variables(table))
@@ -150,7 +142,7 @@ def fit(
     n_starts: int = 12,
     seed: int = 0,
     positive: bool = True,
-    weights: Array | None = None,
+    weights: Array | pd.Series | None = None,
     loss: Loss = "squared",
     loss_scale: float | None = None,
 ) -> Fit:
@@ -158,30 +150,28 @@ def fit(
 
     ``n_starts`` random exponents, drawn with ``seed``, start the search. ``positive`` holds the
     coefficients of the base and the irreducible loss at zero or above. ``weights``, shape (n,) over
-    the table, multiply the squared residuals; rows of weight zero are left out. ``loss``: ``squared``,
-    or ``huber`` on the residuals or ``log-huber`` on those of ln L, both as sums, quadratic up to
-    ``loss_scale`` (default: 1e-3, the scale Hoffmann et al. 2022 use on ln L, times the mean loss for
-    ``huber``). A robust search starts at the least-squares solution and at two more local ones, for its cost
-    may have several minima. It does not hold coefficients at zero: where one ends below, the status is
-    ``NEGATIVE`` or a worse one.
+    the table, multiply the squared residuals; rows of weight zero are not fitted. ``loss``: ``squared``, or
+    ``huber`` on the residuals or ``log-huber`` on those of ln L, both as sums, quadratic up to ``loss_scale``
+    (default: 1e-3, the scale Hoffmann et al. 2022 use on ln L, times the mean loss for ``huber``).
+    A robust search starts from the least-squares solution and those of ``ROBUST_STARTS`` resamples.
 
     Raises ``InputError`` where the rows cannot determine the law: fewer rows than parameters, or a
     variable of the law that does not vary.
     """
     if n_starts < 1:
         raise InputError(f"n_starts is {n_starts}; give at least 1")
-    of_table = np.ones(len(table)) if weights is None else checked_weights(weights, table)
-    fitted = runs.fit_mask(table, fit_on) & (of_table > 0)
-    rows, row_weights = table[fitted], of_table[fitted]
+    if loss not in LOSSES:
+        raise InputError(f"{loss!r} is not a loss; choose one of {', '.join(LOSSES)}")
+    row_weights = np.ones(len(table)) if weights is None else checked_weights(weights, table)
+    fitted = runs.fit_mask(table, fit_on) & (row_weights > 0)
+    rows, row_weights = table[fitted], row_weights[fitted]
     check_rows(rows, law, fit_on)
     found = solve(rows, law, row_weights[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
-    values, converged, covariance = found.values[0], bool(found.converged[0]), None
+    values, converged, noise = found.values[0], bool(found.converged[0]), None
     if loss != "squared":
-        local = [solve(rows, law, row_weights[np.newaxis], n_starts=1, seed=seed + k, positive=positive) for k in (1, 2)]
-        starts = [values, *(other.values[0] for other in local)]
-        values, covariance, converged = _robust(rows, law, starts, row_weights, loss, loss_scale)
+        values, converged, noise = _robust(rows, law, row_weights, values, loss, loss_scale, positive, seed)
     share = float(found.share_of_starts_at_best[0])
-    return _result(table, law, fitted, values, row_weights, converged, n_starts, share, covariance, loss)
+    return _result(table, law, fitted, row_weights, loss, values, converged, n_starts, share, noise)
 
 
 def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> Fit:
@@ -218,7 +208,7 @@ def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> F
             values, _ = curve_fit(predict, np.arange(len(loss)), loss, maxfev=100_000, **options)
         except RuntimeError as error:
             raise InputError(f"the published procedure does not converge on these rows ({error}); fit afresh") from None
-    return _result(table, law, fitted, values, np.ones(len(loss)), True, 1, 1.0)
+    return _result(table, law, fitted, np.ones(len(loss)), "squared", values, True, 1, 1.0)
 
 
 def solve(
@@ -236,14 +226,11 @@ def solve(
     ``weights`` has shape (P, n): ones for a fit, counts for a resample, zeros for rows left out.
     ``near``, nonlinear values in raw units of shape (m,), is one more start for every problem.
     """
-    every = runs.variables(rows)
-    units = _units(law, every)
-    scaled = {name: every[name] / units[name] for name in law.variables}
+    units, back, scaled = in_units(law, rows)
     loss = rows["loss"].to_numpy()
     problem = _Problem(law, scaled, loss, np.sqrt(weights), positive=False)
     starts = _starts(law, n_starts, np.random.default_rng(seed))
     if near is not None:
-        back = {name: 1 / unit for name, unit in units.items()}
         there = law.to_raw(np.concatenate([np.ones(len(law.linear)), near]), back)[len(law.linear) :]
         starts = np.vstack([starts, problem.searched(there)])
     found = _best_of_starts(problem, starts)
@@ -345,19 +332,15 @@ def _nonnegative(columns: list[Array], target: Array) -> tuple[Array, list[Array
 
     There are at most five linear parameters, so all sets are tried. Columns left out are zero in the basis.
     """
-    n_columns = len(columns)
-    linear, orthonormal = np.zeros((len(target), n_columns)), [np.zeros_like(target) for _ in columns]
+    linear, orthonormal = np.zeros((len(target), len(columns))), [np.zeros_like(target) for _ in columns]
     left, least = target.copy(), np.einsum("bn,bn->b", target, target)
-    for size in range(1, n_columns):
-        for kept in combinations(range(n_columns), size):
-            solution, spanning, residual = _least_squares([columns[k] for k in kept], target)
-            sse = np.einsum("bn,bn->b", residual, residual)
-            better = (solution >= 0).all(axis=1) & (sse < least)
-            least[better], left[better] = sse[better], residual[better]
-            for k in range(n_columns):
-                position = kept.index(k) if k in kept else None
-                linear[better, k] = 0.0 if position is None else solution[better, position]
-                orthonormal[k][better] = 0.0 if position is None else spanning[position][better]
+    for kept in product((0.0, 1.0), repeat=len(columns)):  # a column of zeros gets a coefficient of zero
+        tried = [keep * column for keep, column in zip(kept, columns, strict=True)]
+        solution, spanning, residual = _least_squares(tried, target)
+        sse = np.einsum("bn,bn->b", residual, residual)
+        better = (solution >= 0).all(axis=1) & (sse < least)
+        for best, new in zip((linear, left, least, *orthonormal), (np.abs(solution), residual, sse, *spanning), strict=True):
+            best[better] = new[better]
     return linear, orthonormal, left
 
 
@@ -461,11 +444,17 @@ def _starts(law: Law, n_starts: int, rng: np.random.Generator) -> Array:
     return np.stack(columns, axis=1) if columns else np.zeros((n_starts, 0))
 
 
-def _units(law: Law, variables: Mapping[str, Array]) -> dict[str, float]:
-    """The geometric mean of each variable, by which it is divided: parameters are then of order one."""
+def in_units(law: Law, rows: pd.DataFrame) -> tuple[dict[str, float], dict[str, float], dict[str, Array]]:
+    """Units, their inverses, and the variables of the rows in them: the unit of each is its geometric mean.
+
+    Parameters are then of order one: a coefficient is the size of its term in the middle of the rows.
+    """
+    variables = runs.variables(rows)
     if missing := [name for name in law.variables if name not in variables]:
         raise InputError(f"{law.name} reads {', '.join(missing)}, which needs the column d_ff; add it to the table")
-    return {name: float(np.exp(np.log(variables[name]).mean())) for name in law.variables}
+    units = {name: float(np.exp(np.log(variables[name]).mean())) for name in law.variables}
+    back = {name: 1 / unit for name, unit in units.items()}
+    return units, back, {name: variables[name] * back[name] for name in units}
 
 
 def check_rows(rows: pd.DataFrame, law: Law, fit_on: str | None = None) -> None:
@@ -494,85 +483,110 @@ def check_rows(rows: pd.DataFrame, law: Law, fit_on: str | None = None) -> None:
             )
 
 
-def checked_weights(weights: Array, table: pd.DataFrame) -> Array:
-    """The weights as an array; raises ``InputError`` unless they are one number of at least zero per row, not all zero."""
-    values = np.asarray(weights, dtype=float)
-    rule = "give each row a finite number of at least zero, and at least one more than zero"
-    if values.shape != (len(table),) or not values.any():
-        raise InputError(f"weights of shape {values.shape}, {np.count_nonzero(values)} not zero, for {len(table)} rows; {rule}")
-    if not (right := np.isfinite(values) & (values >= 0)).all():
-        row = int((~right).argmax())
-        raise InputError(f"the weight in row {row + 2}, of {table['name'].iloc[row]}, is {values[row]}; {rule}")
+def checked_weights(weights: Array | pd.Series, table: pd.DataFrame) -> Array:
+    """The weights as an array, or ``InputError`` where they are no weights of the rows of this table."""
+    values = np.asarray(pd.to_numeric(weights, errors="coerce"), dtype=float)
+    if values.shape != (len(table),) or not (np.isfinite(values) & (values >= 0)).all() or not values.any():
+        raise InputError(f"weights must be {len(table)} finite numbers of at least zero, one per row and not all zero")
     return values
 
 
 def _robust(
-    rows: pd.DataFrame, law: Law, starts: list[Array], weights: Array, loss: Loss, loss_scale: float | None
-) -> tuple[Array, Array, bool]:
-    """Minimize a sum of Huber losses over all parameters, from each of the starts.
+    rows: pd.DataFrame,
+    law: Law,
+    weights: Array,
+    values: Array,
+    loss: Loss,
+    loss_scale: float | None,
+    positive: bool,
+    seed: int,
+) -> tuple[Array, bool, tuple[Array, Array]]:
+    """Minimize a sum of Huber losses over all parameters, from the least-squares solution and those of resamples.
 
     For ``log-huber`` the residual is ln(predicted / measured), whose derivative is that of the
-    prediction over the prediction. Returns the values, their covariance and whether the search
-    converged. The covariance is Huber's (1973), K^2 [sum psi^2 / (n - p)] / m^2 (J'J)^-1, with psi the
-    residual cut off at the scale, m the share of residuals inside it and K = 1 + p (1 - m) / (n m).
+    prediction over the prediction. Coefficients that end below zero are set to it and held, unless not ``positive``.
+    Returns the values, whether the search converged and what ``_result`` makes the covariance of: a factor of
+    each row of the Jacobian and a stand-in for its residual. The covariance is Huber's (1973),
+    K^2 [sum psi^2 / (n - p)] / m^2 (J'J)^-1, with psi the residual cut off at the scale, m the share of
+    residuals inside it and K = 1 + p (1 - m) / (n m).
     """
-    if loss not in LOSSES:
-        raise InputError(f"{loss!r} is not a loss; choose one of {', '.join(LOSSES)}")
     measured = rows["loss"].to_numpy()
     scale = loss_scale if loss_scale is not None else 1e-3 * (1.0 if loss == "log-huber" else measured.mean())
-    every = runs.variables(rows)
-    units = _units(law, every)
-    scaled = {name: every[name] / units[name] for name in law.variables}
-    back = {name: 1 / unit for name, unit in units.items()}
+    units, back, variables = in_units(law, rows)
+    n_rows, n_linear = len(rows), len(law.linear)
 
-    def residuals(current: Array) -> Array:
-        predicted = law.predict(current, scaled)
-        return np.log(predicted / measured) if loss == "log-huber" else predicted - measured
+    def evaluate(current: Array) -> tuple[Array, Array, Array]:
+        """Residuals (n,), Jacobian (n, p), and the factor (n,) that it has beyond that of the prediction."""
+        predicted = law.predict(current, variables)
+        factor = 1 / predicted if loss == "log-huber" else np.ones(n_rows)
+        residuals = np.log(predicted / measured) if loss == "log-huber" else predicted - measured
+        return residuals, law.jacobian(current, variables) * factor[:, np.newaxis], factor
 
-    def jacobian(current: Array) -> Array:
-        derivative = law.jacobian(current, scaled)
-        return derivative / law.predict(current, scaled)[:, None] if loss == "log-huber" else derivative
+    def search(start: Array, free: np.ndarray) -> tuple[Array, least_squares.Minimum]:
+        def whole(part: Array) -> Array:
+            current = start.copy()
+            current[free] = part
+            return current
 
-    def search(start: Array) -> least_squares.Minimum:
-        scaled_start = law.to_raw(start, back)
-        return least_squares.minimize(residuals, jacobian, scaled_start, loss="huber", loss_scale=scale, weights=weights)
+        found = least_squares.minimize(
+            lambda part: evaluate(whole(part))[0],
+            lambda part: evaluate(whole(part))[1][:, free],
+            start[free],
+            loss="huber",
+            loss_scale=scale,
+            weights=weights,
+            max_iterations=ROBUST_ITERATIONS,
+        )
+        end = whole(found.values)
+        negative = free & (end < 0) & (np.arange(len(end)) < n_linear)
+        if positive and negative.any():
+            return search(np.where(negative, 0.0, end), free & ~negative)
+        return end, found
 
-    found = search(starts[0])
-    for other in starts[1:]:
-        with suppress(InputError):  # its losses overflow
-            found = min(found, search(other), key=lambda minimum: minimum.cost)
-    psi = np.clip(residuals(found.values), -scale, scale) * np.sqrt(weights)
-    inside = float((np.abs(residuals(found.values)) < scale).mean())
-    n_rows, n_parameters = len(rows), len(found.values)
-    correction = 1 + n_parameters * (1 - inside) / (n_rows * inside) if inside > 0 else np.nan
-    raw = law.to_raw(found.values, units)
-    derivative = law.jacobian(raw, every)
-    if loss == "log-huber":
-        derivative = derivative / law.predict(raw, every)[:, None]
-    # covariance_of divides by n - p; what it is given in place of residuals carries the rest of the formula
-    stand_in = psi * correction / inside if inside > 0 else psi * np.nan
-    return raw, covariance_of(derivative * np.sqrt(weights)[:, None], stand_in), found.converged
+    # outliers drag the least-squares solutions of resamples to different places
+    drawn = np.random.default_rng(seed).multinomial(n_rows, np.full(n_rows, 1 / n_rows), ROBUST_STARTS) * weights
+    resampled = solve(rows, law, drawn, n_starts=1, seed=seed, positive=positive, near=values[n_linear:]).values
+    ends: list[tuple[float, bool, Array, Array]] = []
+    with np.errstate(all="ignore"):
+        for start in law.to_raw(np.vstack([values, resampled]), back):
+            with suppress(InputError):  # it predicts no finite losses there
+                end, found = search(start, np.ones(len(start), dtype=bool))
+                raw = law.to_raw(end, units)
+                if np.isfinite(raw).all() and np.isfinite(law.predict(raw, runs.variables(rows))).all():
+                    ends.append((found.cost, found.converged, end, raw))
+    if not ends:
+        raise InputError(
+            f"every search for a least {loss} loss runs off to infinity; choose another loss, or a law of fewer terms"
+        )
+    _, converged, best, raw = min(ends, key=lambda end: end[0])
+    residuals, _, factor = evaluate(best)
+    inside = float((np.abs(residuals) < scale).mean())
+    correction = (1 + len(best) * (1 - inside) / (n_rows * inside)) / inside if inside > 0 else np.nan
+    return raw, converged, (factor, np.clip(residuals, -scale, scale) * correction)
 
 
 def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[Array, Array]:
-    """Parameters, (p,), and the Jacobian at ``rows``, (n, p), in units that are the geometric means of ``reference``.
-
-    Parameters are then of order one: a coefficient is the size of its term in the middle of the rows.
-    """
-    units = _units(law, runs.variables(reference))
+    """Parameters, (p,), and the Jacobian at ``rows``, (n, p), in the units of ``reference`` (``in_units``)."""
+    _, back, _ = in_units(law, reference)
     variables = runs.variables(rows)
     # nonsense rows can drive an exponent so far that raw coefficients overflow
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        scaled = law.to_raw(values, {name: 1 / unit for name, unit in units.items()})
-        return scaled, law.jacobian(scaled, {name: variables[name] / units[name] for name in law.variables})
+        scaled = law.to_raw(values, back)
+        return scaled, law.jacobian(scaled, {name: variables[name] * back[name] for name in law.variables})
 
 
-def status_of(
-    law: Law, values: Array, rows: pd.DataFrame, converged: bool, weights: Array | None = None
-) -> tuple[Status, float]:
+def linearized(table: pd.DataFrame, fit: Fit) -> tuple[pd.DataFrame, Array, Array, Array]:
+    """The fitted rows, then in their own units parameters (p,), Jacobian (n, p) and residuals (n,), as weighted."""
+    rows, root = fit.rows(table), np.sqrt(fit.weights)
+    values, jacobian = scaled_jacobian(fit.law, fit.values, rows, rows)
+    residuals = rows["loss"].to_numpy() - fit.loss_predicted[fit.fitted]
+    return rows, values, jacobian * root[:, np.newaxis], residuals * root
+
+
+def status_of(law: Law, values: Array, rows: pd.DataFrame, converged: bool, weights: Array) -> tuple[Status, float]:
     """How a fit of these values to these rows ended, and its condition number."""
-    root = np.ones(len(rows)) if weights is None else np.sqrt(weights)
-    condition = _condition_number(scaled_jacobian(law, values, rows, rows)[1] * root[:, None])
+    jacobian = scaled_jacobian(law, values, rows, rows)[1] * np.sqrt(weights)[:, np.newaxis]
+    condition = float(condition_numbers(jacobian[np.newaxis])[0])
     base = values[: len(law.linear)]
     exponents = np.array([value for name, value in zip(law.parameters, values, strict=True) if name in law.base.exponents])
     low, high = EXPONENT_RANGE
@@ -592,24 +606,23 @@ def _result(
     table: pd.DataFrame,
     law: Law,
     fitted: np.ndarray,
-    values: Array,
     weights: Array,
+    loss: Loss,
+    values: Array,
     converged: bool,
     n_starts: int,
     share_of_starts_at_best: float,
-    covariance: Array | None = None,
-    loss: Loss = "squared",
+    noise: tuple[Array, Array] | None = None,
 ) -> Fit:
-    """The result object, from parameters for raw variables and the weights of the fitted rows."""
-    rows = table[fitted]
+    """The result object, from parameters for raw variables and the weights of the fitted rows; ``noise`` as in ``_robust``."""
+    rows, root = table[fitted], np.sqrt(weights)
     status, condition = status_of(law, values, rows, converged, weights)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         loss_predicted = law.predict(values, runs.variables(table))
-        if covariance is None:
-            residuals = (loss_predicted[fitted] - rows["loss"].to_numpy()) * np.sqrt(weights)
-            jacobian = law.jacobian(values, runs.variables(rows)) * np.sqrt(weights)[:, None]
-            jacobian[:, : len(law.linear)][:, values[: len(law.linear)] == 0] = 0.0  # held, not estimated
-            covariance = covariance_of(jacobian, residuals)
+        factor, residuals = noise or (np.ones(len(rows)), loss_predicted[fitted] - rows["loss"].to_numpy())
+        jacobian = law.jacobian(values, runs.variables(rows)) * (factor * root)[:, np.newaxis]
+        jacobian[:, : len(law.linear)][:, values[: len(law.linear)] == 0] = 0.0  # held, not estimated
+        covariance = covariance_of(jacobian, residuals * root)
         errors = np.sqrt(np.diag(covariance)).tolist()
     for array in (loss_predicted, covariance, fitted, weights):
         array.setflags(write=False)
@@ -630,13 +643,21 @@ def _result(
     )
 
 
-def _condition_number(jacobian: Array) -> float:
-    """Of the columns scaled to length one; infinite where one is zero or not finite."""
-    lengths = np.linalg.norm(jacobian, axis=0)
-    if not (np.isfinite(lengths) & (lengths > 0)).all():
-        return np.inf
-    singular = np.linalg.svd(jacobian / lengths, compute_uv=False)
-    return float(singular[0] / singular[-1]) if singular[-1] > 0 else np.inf
+def condition_numbers(jacobian: Array) -> Array:
+    """Of each of P Jacobians (P, n, p), its columns scaled to length one; infinite where one is zero or not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.linalg.norm(jacobian, axis=1)
+    usable = (np.isfinite(lengths) & (lengths > 0)).all(axis=1)
+    condition = np.full(len(jacobian), np.inf)
+    condition[usable] = np.linalg.cond(jacobian[usable] / lengths[usable][:, np.newaxis, :])
+    return condition
+
+
+def orthonormal(jacobian: Array) -> tuple[Array, Array]:
+    """An orthonormal basis (n, p) and a root (p, p): J = basis root^-1 and (J'J)^-1 = root root'."""
+    lengths = np.linalg.norm(jacobian, axis=0)  # raw columns differ by ten orders of magnitude
+    basis, singular, rotation = np.linalg.svd(jacobian / lengths, full_matrices=False)
+    return basis, (rotation.T / singular) / lengths[:, np.newaxis]
 
 
 def covariance_of(jacobian: Array, residuals: Array) -> Array:
@@ -646,10 +667,14 @@ def covariance_of(jacobian: Array, residuals: Array) -> Array:
     """
     n_rows, n_parameters = jacobian.shape
     covariance = np.full((n_parameters, n_parameters), np.nan)
-    lengths = np.linalg.norm(jacobian, axis=0)
-    used = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))
+    used = influential(jacobian)
     if n_rows > n_parameters and len(used):
-        _, singular, rotation = np.linalg.svd(jacobian[:, used] / lengths[used], full_matrices=False)
-        root = (rotation.T / singular) / lengths[used, None]
+        root = orthonormal(jacobian[:, used])[1]
         covariance[np.ix_(used, used)] = residuals @ residuals / (n_rows - n_parameters) * root @ root.T
     return covariance
+
+
+def influential(jacobian: Array) -> np.ndarray:
+    """The columns that are finite and not zero."""
+    lengths = np.linalg.norm(jacobian, axis=0)
+    return np.flatnonzero(np.isfinite(lengths) & (lengths > 0))

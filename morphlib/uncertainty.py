@@ -11,12 +11,14 @@ Of 95 % intervals on the design of the paper's 76 rows (``benchmarks/coverage.py
 not the rows of a shape share their errors; with shared errors those for independent rows hold the
 worst parameter in 81 to 91 %. On 27 rows with seven parameters no kind is safe, and ``basic`` fails.
 
-All but ``parameter_interval`` take the fit to be one of squared residuals, weighted or not, and refuse a robust
-one. Rows of J and residuals are times the root of the fit's weights throughout.
+Weights of the fit are taken as they are meant there: the noise of a row has the variance s^2 / weight. Covariances and
+profiles weight the squares with them, a bootstrap draws rows with their weights, and the run of a prediction has weight one.
+All but ``parameter_interval`` refuse a fit with a robust loss.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +32,7 @@ from scipy.special import stdtrit
 from morphlib import fitting, runs
 from morphlib.errors import InputError
 from morphlib.fitting import Fit, Status
-from morphlib.laws import Array, Law
+from morphlib.laws import Array
 
 Kind = Literal["t", "percentile", "basic"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -44,7 +46,7 @@ CHUNK_NUMBERS = 5_000_000  # array elements of the largest array of a chunk of r
 N_STARTS = 1  # random starts of a refit besides the fit's own optimum, which is the best in all but 1 of 100
 MAX_DOUBLINGS = 40  # of a standard error, beyond which an end of a profile interval is infinite
 PROFILE_SEARCH = {"ftol": 1e-12, "xtol": 1e-12, "gtol": 1e-12, "max_nfev": 60}  # most take ten evaluations
-LOG_LIMIT = 690.0  # of the logarithm of a parameter, short of overflow
+LOG_LIMIT = 690.0  # of the logarithm of a coefficient, short of overflow
 SHAPE_RANGE = 50.0  # distance from the estimate over which an exponent or optimum of a shape term is searched
 
 
@@ -178,6 +180,7 @@ def bootstrap(
     if n_resamples < 2:
         raise InputError(f"n_resamples is {n_resamples}; give at least 2, and 1000 for an interval")
     _check_known(fit, at_bound=True)
+    _check_squared(fit)
     # at a bound the optimum is no stationary point; elsewhere it must be that of the squared residuals
     rows = fit.rows(table) if fit.status is Status.AT_BOUND else _Linearized.of(table, fit).rows
     codes, labels = _clusters(rows, cluster)
@@ -198,7 +201,9 @@ def bootstrap(
             positive=fit.status is not Status.NEGATIVE,
             near=fit.values[len(law.linear) :],
         )
-        determined = _condition_numbers(law, solutions.values, rows, chunk) < SINGULAR
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            jacobians = law.jacobian(solutions.values, runs.variables(rows)) * np.sqrt(chunk)[:, :, np.newaxis]
+        determined = fitting.condition_numbers(jacobians) < SINGULAR
         found.append(solutions.values[determined])
         converged.append(solutions.converged[determined])
     values = np.concatenate(found) if found else np.empty((0, len(law.parameters)))
@@ -233,32 +238,28 @@ def profile_interval(table: pd.DataFrame, fit: Fit, parameter: str, level: float
         raise InputError("the law passes through every row, so no sum of squares can rise by a factor; add runs with noise")
     # where a search ends depends on the ones before; of one value there must be one answer
     profile = cache(_profile(linear.rows, fit, index))
+    estimate, held = fit.parameters[parameter], fit.status is not Status.NEGATIVE
+    to_value: Callable[[float], float] = float
+    low, high = -np.inf, np.inf
+    if parameter in law.linear[:-1] and held:  # a coefficient may end orders of magnitude away
+        to_value, low, high = math.exp, -LOG_LIMIT, LOG_LIMIT
+        estimate, step = np.log(estimate), min(step / estimate, 1.0)
+    elif parameter in law.linear and held:
+        low = 0.0
+    elif parameter in law.base.exponents:
+        low, high = fitting.EXPONENT_RANGE
+    elif parameter not in law.linear and not parameter.startswith("epsilon"):
+        low, high = estimate - SHAPE_RANGE, estimate + SHAPE_RANGE
 
-    def excess(value: float) -> float:
-        sse = profile(value)
+    def excess(searched: float) -> float:
+        sse = profile(to_value(searched))
         if sse < least * (1 - 10 * COSINE_LIMIT**2):
-            raise InputError(f"a better optimum than the fit's lies at {parameter} = {value:.6g}; fit with more starts")
+            raise InputError(f"a better optimum lies at {parameter} = {to_value(searched):.6g}; fit with more starts")
         return sse / least - 1 - t**2 / (n_rows - n_parameters)
 
-    estimate = fit.parameters[parameter]
-
-    def end(sign: int, limit: float) -> float:
-        if parameter in logarithmic(fit):
-            first = sign * min(step / estimate, 1.0)
-            logarithm = _crossing(lambda x: excess(np.exp(x)), np.log(estimate), first, sign * LOG_LIMIT)
-            if abs(logarithm) < LOG_LIMIT:
-                return float(np.exp(logarithm))
-            if sign > 0:
-                return np.inf
-            # only epsilon may fall below zero
-            return _crossing(excess, 0.0, -step, limit) if limit < 0 else 0.0
-        value = _crossing(excess, estimate, sign * step, limit)
-        if value == limit:
-            return 0.0 if sign < 0 and limit >= 0 else sign * np.inf
-        return value
-
-    low, high = _limits(fit, parameter)
-    return end(-1, low), end(1, high)
+    ends = [_crossing(excess, estimate, signed, limit) for signed, limit in ((-step, low), (step, high))]
+    none_below = 0.0 if (parameter in law.linear and held) or parameter in law.base.exponents else -np.inf
+    return none_below if ends[0] == low else to_value(ends[0]), np.inf if ends[1] == high else to_value(ends[1])
 
 
 def prediction_interval(
@@ -273,8 +274,7 @@ def prediction_interval(
     """Predicted losses (nats per token) of new runs: columns ``loss``, ``low``, ``high``, with the index of ``table_new``.
 
     The delta method: prediction -+ t sqrt(J0 V J0' + s^2), with s^2 = SSE / (n - p) of the rows of ``table``
-    that were fitted. ``new_observation=False`` leaves out s^2, the noise of a run of weight one, and speaks of the
-    law, not of a run.
+    that were fitted. ``new_observation=False`` leaves out s^2 and speaks of the law, not of a run.
     ``covariance`` as in ``parameter_interval``. None of it covers the error of the law itself, which
     grows outside the range of the rows. Raises ``InputError`` where N is not counted as in the fit.
     """
@@ -300,7 +300,7 @@ def prediction_interval(
 
 @dataclass(frozen=True, slots=True)
 class _Linearized:
-    """The fit near its optimum: J = ``basis`` root^-1 with orthonormal ``basis`` (n, p), (J'J)^-1 = ``root`` root'."""
+    """The fit near its optimum, J and residuals times the root of the weights; ``fitting.orthonormal`` makes basis and root."""
 
     rows: pd.DataFrame
     basis: Array
@@ -311,18 +311,17 @@ class _Linearized:
     def of(cls, table: pd.DataFrame, fit: Fit) -> _Linearized:
         """Raises ``InputError`` where the fit is no optimum of the sum of squares of these rows."""
         _check_known(fit)
-        rows, root_weights = fit.rows(table), np.sqrt(fit.weights)
-        jacobian = fit.law.jacobian(fit.values, runs.variables(rows)) * root_weights[:, None]
-        lengths = np.linalg.norm(jacobian, axis=0)  # raw columns differ by ten orders of magnitude
-        basis, singular, rotation = np.linalg.svd(jacobian / lengths, full_matrices=False)
-        residuals = fit.residuals(table)
-        size, rounding = np.linalg.norm(residuals), ROUNDING * np.linalg.norm(rows["loss"] * root_weights)
-        if size > rounding and np.linalg.norm(basis.T @ residuals) > COSINE_LIMIT * size:
+        _check_squared(fit)
+        rows, root = fit.rows(table), np.sqrt(fit.weights)
+        basis, inverse_root = fitting.orthonormal(fit.law.jacobian(fit.values, runs.variables(rows)) * root[:, np.newaxis])
+        loss = rows["loss"].to_numpy()
+        residuals = (loss - fit.loss_predicted[fit.fitted]) * root
+        size = np.linalg.norm(residuals)
+        if size > ROUNDING * np.linalg.norm(loss * root) and np.linalg.norm(basis.T @ residuals) > COSINE_LIMIT * size:
             raise InputError(
-                "the fit is not the least-squares fit of these rows; give the table it was made from, "
-                "and a converged fit without a robust loss"
+                "the fit is no least-squares fit of these rows; give a converged fit and the table it was made from"
             )
-        return cls(rows, basis, (rotation.T / singular) / lengths[:, None], residuals)
+        return cls(rows, basis, inverse_root, residuals)
 
 
 def _profile(rows: pd.DataFrame, fit: Fit, index: int) -> Callable[[float], float]:
@@ -332,11 +331,9 @@ def _profile(rows: pd.DataFrame, fit: Fit, index: int) -> Callable[[float], floa
     searched in variables divided by their geometric means, from where the nearest earlier search ended.
     """
     law, n_linear = fit.law, len(fit.law.linear)
-    raw_variables, root_weights = runs.variables(rows), np.sqrt(fit.weights)
-    loss = rows["loss"].to_numpy() * root_weights
-    units = {name: np.exp(np.log(raw_variables[name]).mean()) for name in law.variables}
-    back = {name: 1 / unit for name, unit in units.items()}
-    variables = {name: raw_variables[name] / unit for name, unit in units.items()}
+    units, back, variables = fitting.in_units(law, rows)
+    root = np.sqrt(fit.weights)
+    loss = rows["loss"].to_numpy() * root
     estimate = law.to_raw(fit.values, back)
     searched = np.array([i for i in range(n_linear, len(estimate)) if i != index], dtype=int)
     held = fit.status is not Status.NEGATIVE
@@ -347,11 +344,11 @@ def _profile(rows: pd.DataFrame, fit: Fit, index: int) -> Callable[[float], floa
         np.where(is_exponent, high, estimate[searched] + SHAPE_RANGE),
     )
     ends = [(fit.values[index], estimate[searched])]
+
     # a raw coefficient a u^e that is given moves the exponent, while a, which the rows determine, stays
     slopes = np.zeros(len(searched))
     if law.parameters[index] in logarithmic(fit):
-        moved = np.repeat(estimate[np.newaxis], len(searched), axis=0)
-        moved[np.arange(len(searched)), searched] += 1.0
+        moved = estimate + np.eye(len(estimate))[searched]
         slopes = np.log(law.to_raw(moved, units)[:, index] / fit.values[index])
 
     def residuals(search: Array, value: float) -> Array:
@@ -362,7 +359,7 @@ def _profile(rows: pd.DataFrame, fit: Fit, index: int) -> Callable[[float], floa
             raw = law.to_raw(scaled, units)
             raw[index] = value
             scaled = law.to_raw(raw, back)
-            columns = law.jacobian(scaled, variables)[:, :n_linear] * root_weights[:, None]
+            columns = law.jacobian(scaled, variables)[:, :n_linear] * root[:, np.newaxis]
         if not np.isfinite(columns).all():
             return np.full(len(loss), np.inf)  # from which the search steps back
         target = loss
@@ -377,15 +374,14 @@ def _profile(rows: pd.DataFrame, fit: Fit, index: int) -> Callable[[float], floa
         if not len(searched):
             return float((residuals(np.empty(0), value) ** 2).sum())
         # the fit's own optimum and the nearest earlier one: where a term vanishes the sum of squares has two valleys
+        near = min(ends, key=lambda end: abs(end[0] - value))
         found = []
-        for earlier, there in {end[0]: end for end in (ends[0], min(ends, key=lambda end: abs(end[0] - value)))}.values():
-            moves = slopes.any() and value > 0
-            shift = np.log(value / earlier) * slopes / (slopes @ slopes) if moves else 0.0
-            start = np.clip(there + shift, *bounds)
+        for earlier, there in {end[0]: end for end in (ends[0], near)}.values():
+            moves = slopes.any() and value > 0 and earlier > 0
+            start = np.clip(there + (np.log(value / earlier) * slopes / (slopes @ slopes) if moves else 0.0), *bounds)
             found.append(least_squares(residuals, start, args=(value,), bounds=bounds, x_scale="jac", **PROFILE_SEARCH))
         best = min(found, key=lambda end: end.cost)
-        if value > 0 or not slopes.any():
-            ends.append((value, best.x))
+        ends.append((value, best.x))
         return float(2 * best.cost)
 
     return profile
@@ -402,17 +398,6 @@ def _crossing(excess: Callable[[float], float], inside: float, step: float, limi
             break
         inside, width = outside, 2 * width
     return limit
-
-
-def _limits(fit: Fit, parameter: str) -> tuple[float, float]:
-    """How far a profile is followed: where the fit's own search ends, or for ever."""
-    if parameter in fit.law.base.exponents:
-        return fitting.EXPONENT_RANGE
-    if parameter in fit.law.linear:
-        return -np.inf if fit.status is Status.NEGATIVE else 0.0, np.inf
-    if parameter.startswith("epsilon"):
-        return -np.inf, np.inf
-    return fit.parameters[parameter] - SHAPE_RANGE, fit.parameters[parameter] + SHAPE_RANGE
 
 
 def _own_covariance(fit: Fit) -> Covariance:
@@ -437,6 +422,11 @@ def _check_known(fit: Fit, *, at_bound: bool = False) -> None:
         raise InputError(f"the fit of {fit.law.name} has parameters or standard errors that are not finite; tie exponents")
 
 
+def _check_squared(fit: Fit) -> None:
+    if fit.loss != "squared":
+        raise InputError(f"intervals other than by standard errors are of squared residuals; this fit is of loss {fit.loss}")
+
+
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise InputError(f"level is {level}; give a number between 0 and 1, such as 0.95")
@@ -455,17 +445,6 @@ def _clusters(rows: pd.DataFrame, cluster: str | None) -> tuple[np.ndarray, list
     if len(labels) < 2:
         raise InputError(f"all fitted rows have one label in column {cluster!r}; clusters must be at least 2")
     return codes, list(labels)
-
-
-def _condition_numbers(law: Law, values: Array, rows: pd.DataFrame, weights: Array) -> Array:
-    """Of the weighted Jacobian of each of P refits, its columns scaled to length one; infinite where one is zero."""
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        jacobian = law.jacobian(values, runs.variables(rows)) * np.sqrt(weights)[:, :, None]
-        lengths = np.linalg.norm(jacobian, axis=1)
-    usable = (np.isfinite(lengths) & (lengths > 0)).all(axis=1)
-    condition = np.full(len(values), np.inf)
-    condition[usable] = np.linalg.cond(jacobian[usable] / lengths[usable][:, None, :])
-    return condition
 
 
 def _deviations(values: Array) -> Array:

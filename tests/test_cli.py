@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT
-from morphlib import cli
+from morphlib import cli, fitting, laws
 from test_runs import FAULTS, REQUIRED, written
 
 
@@ -95,38 +95,28 @@ def test_fit_with_everything(capsys, tmp_path, paper):
     assert code == 0 and "95 % low" in out and "339M_v1" in out
 
 
-def test_information_criteria_and_profiles(capsys, paper):
-    result = fit_json(capsys, "paper", "--profile")
-    assert set(result["information_criteria"]) == {"aic", "aicc", "bic"}
-    # AIC = 2k + n (ln(2 pi SSE / n) + 1), k = 6
-    expected = 12 + 76 * (np.log(2 * np.pi * result["metrics"]["fitted"]["mse"]) + 1)
-    assert result["information_criteria"]["aic"] == pytest.approx(expected, rel=1e-9)
-    assert result["intervals"] == {"of": "profile", "cluster": None, "n_clusters": 76, "note": None}
-    assert all(entry["low"] < entry["value"] < entry["high"] for entry in result["parameters"].values())
-    code, out, _ = morph(capsys, "fit", "paper", "--profile")
-    assert code == 0 and "intervals: profile, 76 rows" in out
-    assert f"AIC {expected:.1f}, AICc" in out and "(they assume independent rows)" in out
-    robust = fit_json(capsys, "paper", "--loss", "huber")
-    assert robust["information_criteria"] == {"aic": None, "aicc": None, "bic": None}
-    code, out, _ = morph(capsys, "fit", "paper", "--loss", "huber")
-    assert code == 0 and "AIC" not in out
-
-
 def test_weights(capsys, tmp_path, paper):
-    table = paper.assign(half=np.where(paper["family"] == "80M", 0.5, 1.0), only=paper["fit_main"])
-    path = written(table, tmp_path / "runs.csv")
-    half, plain = fit_json(capsys, path, "--weights", "half", "--cluster", "name"), fit_json(capsys, path)
-    assert half["parameters"]["alpha"]["low"] < half["parameters"]["alpha"]["value"] != plain["parameters"]["alpha"]["value"]
-    only, marked = fit_json(capsys, path, "--weights", "only"), fit_json(capsys, path, "--fit-on", "fit_main")
-    assert (only["parameters"], only["metrics"]) == (marked["parameters"], marked["metrics"])
-    robust = [fit_json(capsys, path, "--loss", "huber", *more)["parameters"] for more in ([], ["--weights", "half"])]
-    assert robust[0] != robust[1]
-    for wrong, said in ((-1.0, "row 3, of 80M_v4"), (np.nan, "nan"), ("much", "nan"), (np.inf, "inf"), (0.0, "0 not zero")):
-        column = [wrong] * 76 if wrong == 0.0 else [1.0, wrong, *[1.0] * 74]
-        path = written(paper.assign(wrong=pd.Series(column, dtype=object)), tmp_path / "wrong.csv")
-        code, out, err = morph(capsys, "fit", path, "--weights", "wrong")
-        one_line(code, out, err)
-        assert said in err
+    half = paper.assign(w=np.where(paper["budget"] == "20N", 0.5, 1.0))
+    result = fit_json(capsys, written(half, tmp_path / "half.csv"), "--weights", "w", "--cluster", "name")
+    expected = fitting.fit(paper, laws.get("inference-aware"), weights=half["w"])
+    assert result["parameters"]["alpha"]["value"] == pytest.approx(expected.parameters["alpha"], rel=1e-9)
+    assert result["information_criteria"] == {"aic": None, "aicc": None, "bic": None}
+    for wrong in (-1.0, np.inf, None, "heavy"):
+        table = half.astype(object).assign(w=[wrong, *half["w"][1:]])
+        one_line(*morph(capsys, "fit", written(table, tmp_path / "wrong.csv"), "--weights", "w"))
+    one_line(*morph(capsys, "fit", written(half.assign(w=0.0), tmp_path / "zero.csv"), "--weights", "w"))
+
+
+def test_profiles_and_criteria(capsys):
+    result = fit_json(capsys, "paper", "--law", "chinchilla", "--profile")
+    assert result["intervals"]["of"] == "profile"
+    assert all(entry["low"] < entry["value"] < entry["high"] for entry in result["parameters"].values())
+    criteria = result["information_criteria"]
+    assert criteria["aic"] < criteria["aicc"] < criteria["bic"]  # of 76 rows and 5 parameters
+    code, out, _ = morph(capsys, "fit", "paper", "--law", "chinchilla", "--profile")
+    assert code == 0 and "assume independent rows" in out and "95 % low" in out
+    robust = fit_json(capsys, "paper", "--loss", "huber")
+    assert robust["shapes_left_out"] is None and set(robust["information_criteria"].values()) == {None}
 
 
 def test_the_report_says_what_is_odd(capsys, tmp_path, paper):
@@ -152,8 +142,8 @@ def test_negative_coefficients_only_when_asked_for(capsys):
 
 @pytest.mark.parametrize("holdout", ["shape", "size", "largest-n", "widest-r"])
 def test_compare_keeps_the_contract(capsys, holdout):
-    laws = ["--law", "chinchilla", "--law", "inference-aware", "--law", "width-depth"]
-    code, out, err = morph(capsys, "compare", "paper", "--holdout", holdout, *laws, "--json")
+    chosen = ["--law", "chinchilla", "--law", "inference-aware", "--law", "width-depth"]
+    code, out, err = morph(capsys, "compare", "paper", "--holdout", holdout, *chosen, "--json")
     assert (code, err) == (0, "")
     rows = json.loads(out, parse_constant=refuse_constant)["laws"]
     assert len(rows) == 6
@@ -221,13 +211,12 @@ def test_a_faulty_table_is_exit_code_2_and_one_line(capsys, tmp_path, paper, fau
         ["fit", "paper", "--cluster", "nothing"],
         ["fit", "paper", "--predict", "nowhere.csv"],
         ["fit", "paper", "--published", "--loss", "huber"],
-        ["fit", "paper", "--published", "--law", "width-depth"],
-        ["fit", "paper", "--weights", "nothing"],
-        ["fit", "paper", "--profile", "--bootstrap", "50"],
-        ["fit", "paper", "--profile", "--cluster", "name"],
-        ["fit", "paper", "--profile", "--loss", "huber"],
-        ["fit", "paper", "--profile", "--fit-on", "fit_20N_only", "--law", "chinchilla"],
         ["fit", "paper", "--published", "--weights", "tokens"],
+        ["fit", "paper", "--weights", "nothing"],
+        ["fit", "paper", "--profile", "--cluster", "name"],
+        ["fit", "paper", "--profile", "--bootstrap", "50"],
+        ["fit", "paper", "--profile", "--loss", "huber"],
+        ["fit", "paper", "--published", "--law", "width-depth"],
         ["compare", "paper", "--holdout", "nothing"],
         ["compare", "paper", "--law", "kaplan"],
         ["design", "paper"],

@@ -130,49 +130,55 @@ def test_rows_of_weight_zero_are_not_there(paper):
     assert weighted.parameters == pytest.approx(dict(alone.parameters), rel=1e-4)
     assert weighted.standard_errors == pytest.approx(dict(alone.standard_errors), rel=1e-3)
     assert weighted.status is alone.status
+    assert not weighted.fitted[weights == 0].any()
     with pytest.raises(InputError, match="too few"):
         fitting.fit(paper, law, weights=np.eye(76)[0])
+    for wrong in (np.ones(75), -np.ones(76), np.full(76, np.nan), np.full(76, np.inf), np.zeros(76), paper["name"]):
+        with pytest.raises(InputError, match="weights must be 76 finite numbers"):
+            fitting.fit(paper, law, weights=wrong)
+
+
+def test_a_robust_search_leaves_the_valley_that_outliers_dig(paper):
+    """Eight losses replaced by noise: from the least-squares solution alone the search ends 12 % above the best it finds."""
+    rng = np.random.default_rng(4)
+    table = paper.assign(loss=paper["loss"])
+    table.loc[rng.choice(76, rng.integers(1, 12), replace=False), "loss"] = 0.0
+    spoiled = table["loss"] == 0
+    table.loc[spoiled, "loss"] = rng.uniform(0.5, 30, spoiled.sum())
+    law = laws.get("inference-aware", "free")
+
+    def rest(fit):
+        return np.sqrt(((fit.loss_predicted - table["loss"])[~spoiled] ** 2).mean())
+
+    robust, squared = fitting.fit(table, law, loss="huber"), fitting.fit(table, law)
+    assert rest(robust) < 0.1 * rest(squared)
+
+
+def test_a_robust_fit_holds_coefficients_at_zero(paper):
+    law = laws.get("chinchilla")
+    for loss in ("huber", "log-huber"):
+        held = fitting.fit(paper, law, "fit_20N_only", loss=loss)
+        assert held.status is Status.AT_BOUND and held.parameters["A"] == 0
+        assert np.isnan(held.standard_errors["A"]) and held.standard_errors["B"] > 0
+        free = fitting.fit(paper, law, "fit_20N_only", loss=loss, positive=False)
+        assert free.status is Status.NEGATIVE and free.parameters["A"] < 0
 
 
 @pytest.mark.parametrize("loss", ["huber", "log-huber"])
-def test_errors_of_robust_fits_are_of_the_size_of_the_estimates_scatter(paper, loss):
-    """Thirty simulated tables: the mean reported variance over the scatter of the estimates, chi-squared with 29 degrees."""
+def test_errors_of_robust_fits_are_of_the_size_of_the_estimates_scatter(paper, loss, monkeypatch):
+    """Sixty simulated tables: the mean reported variance over the scatter of the estimates, chi-squared with 59 degrees."""
+    monkeypatch.setattr(fitting, "ROBUST_STARTS", 0)  # without outliers there is one optimum
     law = laws.get("chinchilla", "free")
     truth = fitting.fit(paper, law)
     estimates, errors = [], []
-    for seed in range(30):
+    for seed in range(60):
         noise = np.random.default_rng(seed).normal(0, 0.02, 76)
         fit = fitting.fit(paper.assign(loss=truth.loss_predicted + noise), law, loss=loss)
         estimates.append(fit.parameters["beta"])
         errors.append(fit.standard_errors["beta"])
     ratio = np.mean(np.square(errors)) / np.var(estimates, ddof=1)
-    # four standard deviations of the logarithm of a variance from 30 draws, sqrt(2 / 29) each
-    assert abs(np.log(ratio)) < 4 * np.sqrt(2 / 29)
-
-
-def test_a_robust_fit_says_that_a_coefficient_is_negative(paper):
-    """Its search holds none at zero, so the status and the verdict have to tell."""
-    fit = fitting.fit(paper, laws.get("chinchilla"), "fit_20N_only", loss="huber")
-    assert fit.parameters["A"] < 0 and fit.status is Status.NEGATIVE
-    worse = fitting.fit(paper, laws.get("gemstones", "free"), "fit_20N_only", loss="huber")
-    assert min(worse.values[:5]) < 0 and worse.status is not Status.CONVERGED
-    assert any("came out negative" in sentence for sentence in diagnostics.identifiability(paper, worse).sentences)
-
-
-def test_a_robust_fit_looks_for_other_minima(paper):
-    """Gross errors in a seventh of the rows: from the least-squares optimum alone the search ends in another minimum."""
-    rng = np.random.default_rng(1)
-    wrong = np.where(rng.random(76) < 0.15, 0.2 * rng.standard_cauchy(76), 0.0).clip(-1, 3)
-    table = paper.assign(loss=paper["loss"] + wrong)
-    law = laws.get("inference-aware", "free")
-
-    def cost(fit):
-        scale, distance = 1e-3 * table["loss"].mean(), np.abs(fit.residuals(table))
-        return np.where(distance <= scale, distance**2, 2 * scale * distance - scale**2).sum()
-
-    costs = [cost(fitting.fit(table, law, loss="huber", seed=seed)) for seed in range(4)]
-    assert min(costs) < 0.033  # 0.0367 from the optimum alone
-    assert sum(value < 0.033 for value in costs) >= 3
+    # four standard deviations of the logarithm of a variance from 60 draws, sqrt(2 / 59) each
+    assert abs(np.log(ratio)) < 4 * np.sqrt(2 / 59)
 
 
 def test_the_seed_decides_the_search_and_the_optimum_does_not_depend_on_it(paper):
@@ -230,16 +236,27 @@ def test_rows_that_cannot_determine_the_law_are_refused(paper):
         fitting.fit_published(paper, laws.get("chinchilla", "free"))
 
 
-@settings(max_examples=50)
-@given(seed=st.integers(0, 2**32 - 1), n_rows=st.integers(5, 12), spread=st.floats(0, 12))
-def test_any_positive_losses_give_a_fit_or_a_clear_error(seed, n_rows, spread):
+def fit_or_clear_error(seed, n_rows, spread, loss_kind="squared"):
     """Nonsense data, over up to 24 orders of magnitude: never an exception from inside numpy, never a NaN prediction."""
     rng = np.random.default_rng(seed)
     n, d, loss = np.exp(rng.normal(0, 1, (3, n_rows)) * [[spread], [spread], [1]]) * [[1e8], [1e9], [3]]
     table = table_of(n, d, loss, ratio=np.exp(rng.normal(3, 1, n_rows)) + 1)
     try:
-        fit = fitting.fit(table, laws.get("inference-aware"), n_starts=4)
+        fit = fitting.fit(table, laws.get("inference-aware"), n_starts=4, loss=loss_kind)
     except InputError as error:
         assert "\n" not in str(error)
     else:
         assert np.isfinite(fit.loss_predicted).all()
+
+
+@settings(max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), n_rows=st.integers(5, 12), spread=st.floats(0, 12))
+def test_any_positive_losses_give_a_fit_or_a_clear_error(seed, n_rows, spread):
+    fit_or_clear_error(seed, n_rows, spread)
+
+
+@pytest.mark.parametrize("loss", ["huber", "log-huber"])
+@pytest.mark.parametrize("seed", [53, 488808, 1])
+def test_so_do_robust_losses(seed, loss):
+    """The first two ran off to infinite exponents, where raw coefficients are no numbers."""
+    fit_or_clear_error(seed, n_rows=5, spread=1.0, loss_kind=loss)

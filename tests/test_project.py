@@ -57,7 +57,8 @@ def test_arrows_between_modules_go_one_way():
              "ablations", "latency", "latency.hardware", "latency.models", "latency.engines", "latency.timing",
              "latency.analytic", "latency.commands", "report", "pipeline", "cli"]  # fmt: skip
     folder = ROOT / "morphlib"
-    found = {".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__") for path in folder.rglob("*.py")}
+    names = (".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py"))
+    found = {name.removesuffix(".__init__") for name in names}
     assert found == {"__init__", *order}
     for position, module in enumerate(order):
         path = folder / module.replace(".", "/")

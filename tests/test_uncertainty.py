@@ -64,41 +64,6 @@ def test_every_row_its_own_cluster_is_hc3(paper, linear):
     assert (found.n_clusters, found.degrees_of_freedom) == (76, 72)
 
 
-def test_weights_count_everywhere(paper):
-    """Of a linear law: statsmodels' weighted least squares, the jackknife over weighted rows, and a profile of its own."""
-    weights = np.where(paper["family"] == "80M", 0.5, 2.0)
-    fit = fitting.fit(paper, LINEAR, weights=weights)
-    lengths = np.linalg.norm(design(paper), axis=0)
-
-    def weighted(rows, **options):
-        return sm.WLS(paper["loss"][rows].to_numpy(), (design(paper) / lengths)[rows], weights[rows]).fit(**options)
-
-    everything = np.ones(76, dtype=bool)
-    oracle = weighted(everything)
-    assert fit.values * lengths == pytest.approx(oracle.params, rel=1e-9)
-    assert_same_covariance(fit.covariance * np.outer(lengths, lengths), oracle.cov_params(), 1e-9)
-    hc3 = weighted(everything, cov_type="HC3").cov_params()
-    assert_same_covariance(u.cluster_covariance(paper, fit).matrix * np.outer(lengths, lengths), hc3, 1e-9)
-    without = [weighted(paper["name"].to_numpy() != name).params - oracle.params for name in paper["name"].unique()]
-    cr3 = u.cluster_covariance(paper, fit, "name").matrix * np.outer(lengths, lengths)
-    assert_same_covariance(cr3, np.transpose(without) @ without, 1e-9)
-    wald = u.parameter_interval(fit, log=())
-    for name in LINEAR.parameters:
-        width = wald.loc[name, "high"] - wald.loc[name, "low"]
-        assert u.profile_interval(paper, fit, name) == pytest.approx(tuple(wald.loc[name, ["low", "high"]]), abs=1e-7 * width)
-    predicted = oracle.get_prediction(design(paper)[-4:] / lengths).summary_frame()
-    found = u.prediction_interval(paper.tail(4), fit, paper)
-    assert np.allclose(found["high"], predicted["obs_ci_upper"], rtol=1e-8)
-    # weights are counts where they are whole numbers, but for the errors
-    doubled = paper.loc[paper.index.repeat(np.where(weights == 2.0, 4, 1))].reset_index(drop=True)
-    assert fit.values == pytest.approx(fitting.fit(doubled, LINEAR).values, rel=1e-9)
-    scaled = fitting.fit(paper, CURVED, weights=np.full(76, 7.0))
-    plain = fitting.fit(paper, CURVED)
-    once, again = (u.bootstrap(paper, one, 5, cluster="name").values for one in (scaled, plain))
-    # weights that are all alike change nothing; searches of other weights stop elsewhere within their tolerance
-    assert once == pytest.approx(again, rel=1e-4)
-
-
 @pytest.mark.parametrize("cluster", ["name", "family"])
 def test_cr3_is_the_jackknife_over_clusters(paper, linear, cluster):
     """For a linear law the sum over clusters of (b_-g - b)(b_-g - b)', by refitting without each."""
@@ -117,6 +82,51 @@ def test_without_corrections_cr3_would_be_statsmodels_cluster_covariance(paper, 
     leverage = max(np.linalg.norm(basis[codes == code], ord=2) ** 2 for code in range(codes.max() + 1))
     ratio = np.diag(u.cluster_covariance(paper, linear, "name").matrix) / np.diag(plain)
     assert (ratio > 1).all() and (ratio < (1 - leverage) ** -2).all()
+
+
+def weighted(paper):
+    """The linear law with weights from 0.1 to 10, and statsmodels' fit of it in columns of length one."""
+    weights = np.random.default_rng(0).uniform(0.1, 10, len(paper))
+    lengths = np.linalg.norm(design(paper), axis=0)
+    return (
+        fitting.fit(paper, LINEAR, weights=weights),
+        sm.WLS(paper["loss"].to_numpy(), design(paper) / lengths, weights),
+        lengths,
+    )
+
+
+def test_weighted_errors_and_intervals_are_those_of_statsmodels(paper):
+    fit, oracle, lengths = weighted(paper)
+    plain = oracle.fit()
+    # the columns' condition number is about 20: 1e-16 * 20^2, and raw columns lose more
+    assert fit.values == pytest.approx(plain.params / lengths, rel=1e-9)
+    assert_same_covariance(fit.covariance, plain.cov_params() / np.outer(lengths, lengths), tolerance=1e-9)
+    found = u.cluster_covariance(paper, fit)
+    assert_same_covariance(found.matrix, oracle.fit(cov_type="HC3").cov_params() / np.outer(lengths, lengths), tolerance=1e-9)
+    new = paper.tail(4).assign(tokens=3e11)
+    expected = plain.get_prediction(design(new) / lengths).summary_frame(alpha=0.1)
+    predicted = u.prediction_interval(new, fit, paper, 0.9)
+    assert np.allclose(predicted["low"], expected["obs_ci_lower"], rtol=1e-7)
+    wald = u.parameter_interval(fit, log=())
+    for name in LINEAR.parameters:
+        low, high = wald.loc[name, ["low", "high"]]
+        assert u.profile_interval(paper, fit, name) == pytest.approx((low, high), abs=2e-8 * (high - low), rel=0), name
+
+
+def test_only_the_ratios_of_weights_matter(paper, curved):
+    weights = np.where(paper["tokens"] < 2e9, 0.5, 1.0)
+    once, twice = (fitting.fit(paper, CURVED, weights=factor * weights) for factor in (1, 8))  # 8: exact in binary
+    assert once.values == pytest.approx(twice.values, rel=1e-12)
+    assert once.covariance == pytest.approx(twice.covariance, rel=1e-10)
+    for interval in (
+        lambda fit: u.parameter_interval(fit, covariance=u.cluster_covariance(paper, fit, "name")),
+        lambda fit: u.bootstrap(paper, fit, 20, cluster="name").interval(),
+    ):
+        assert interval(once).to_numpy() == pytest.approx(interval(twice).to_numpy(), rel=1e-6)
+    # not so for a run of weight one, whose noise is 1 / 8 of that of rows of weight 8
+    new = paper.tail(2)
+    once_wide, twice_wide = (np.ptp(u.prediction_interval(new, fit, paper)[["low", "high"]], axis=1) for fit in (once, twice))
+    assert (twice_wide > 2 * once_wide).all()
 
 
 def test_cr3_of_a_curved_law_is_that_of_its_tangent(paper, curved):
@@ -352,7 +362,8 @@ def test_wrong_input_is_refused_in_one_line(paper, curved):
         ("without the rows of run a", lambda: u.cluster_covariance(paper.assign(run=[*"a" * 74, *"bb"]), curved, "run")),
         ("give the table fitted", lambda: u.bootstrap(paper.head(70), curved)),
         ("the table it was made from", lambda: u.cluster_covariance(paper.assign(loss=paper["loss"][::-1].to_numpy()), curved)),
-        ("without a robust loss", lambda: u.profile_interval(paper, robust, "E")),
+        ("this fit is of loss huber", lambda: u.profile_interval(paper, robust, "E")),
+        ("this fit is of loss huber", lambda: u.bootstrap(paper, robust)),
         ("as many rows as parameters", lambda: u.parameter_interval(exact)),
         ("as many rows as parameters", lambda: u.bootstrap(five, exact)),
         ("as many rows as parameters", lambda: u.cluster_covariance(five, exact)),

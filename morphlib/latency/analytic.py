@@ -346,7 +346,7 @@ def fitted_constants() -> Mapping[str, Estimate]:
     above reaches the slowest host seen.
     """
     stated = {
-        str(name): Estimate(row["value"], row["low"], row["high"], f"{name}: {row['origin']}")
+        str(name): Estimate(row["value"], row["low"], row["high"], f"{name}: {row['source']}")
         for name, row in _table("latency_constants").to_dict("index").items()
     }
     kernels, end_to_end = reference(KERNEL_ROWS), reference(END_TO_END_ROWS)
