@@ -46,6 +46,7 @@ FIRST_TOKEN_RUNS = 5  # generations of one token, for the second measure of TTFT
 TTFT_TOLERANCE = 0.03  # beyond the noise of the two, within which the two measures of TTFT agree
 SHORT_SENTENCE_TOKENS = 8
 DISTURBED = 0.05  # share of the cores in use that other programs may take before a row says so
+DISTURBED_ELSEWHERE = 0.2  # of the other cores, which share caches, memory, and on a virtual machine often a core
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +374,7 @@ def load(source: Path | Literal["cpu"]) -> pd.DataFrame:
     path = Path(str(resources.files("morphlib") / "data/latency_cpu.csv")) if source == "cpu" else Path(source)
     try:
         table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-        table = table.sort_values("other_load", kind="stable").drop_duplicates(_KEY).sort_index()
+        table = table.sort_values(["disturbed", "load_elsewhere"], kind="stable").drop_duplicates(_KEY).sort_index()
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{path}: is not a table of measurements ({' '.join(str(error).split())}); give one that was recorded"
