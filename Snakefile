@@ -82,4 +82,4 @@ rule latency_cpu:
         touch("_build/latency_cpu.done"),
     threads: workflow.cores
     shell:
-        "morph latency measure --grid {input} --record morphlib/data/latency_cpu.csv --cap-seconds 15"
+        "morph latency measure --grid {input} --record morphlib/data/latency_cpu.csv --together 2 --cap-seconds 12"

@@ -40,12 +40,13 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
     measure.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto, CUDA where there is one)")
     measure.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: one for each core)")
     measure.add_argument("--protocol", metavar="NAME", help="lengths, sampling and repeats of one of the authors' scripts")
-    measure.add_argument("--one-by-one", action="store_true", help="do not hold all models in memory to time them in turn")
+    together = "how many to hold in memory and time in turn (default: every --shape, one row of a grid)"
+    measure.add_argument("--together", type=int, metavar="N", help=together)
     measure.add_argument("--quick", action="store_true", help="few runs and a wide interval")
     measure.add_argument(
         "--cap-seconds", type=float, metavar="S", help="stop after so long even if not converged (default: 90)"
     )
-    measure.add_argument("--grid", type=Path, metavar="CSV", help="time the rows of this file, one by one, instead of --shape")
+    measure.add_argument("--grid", type=Path, metavar="CSV", help="time the rows of this file instead of --shape")
     measure.add_argument("--record", type=Path, metavar="CSV", help="append each row to this file; skip what it holds already")
     measure.set_defaults(run=_measure, show=_show)
 
@@ -97,7 +98,10 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         planned = [Configuration(model=shape, **settings) for shape in arguments.shape]
     held = timing.recorded(arguments.record) if arguments.record else set()
     wanted = [c for c in planned if timing.key(c) not in held]
-    groups = [[c] for c in wanted] if arguments.grid or arguments.one_by_one else [wanted] * bool(wanted)
+    together = (1 if arguments.grid else max(1, len(wanted))) if arguments.together is None else arguments.together
+    if together < 1:
+        raise InputError(f"--together is {together}; give a whole number of at least 1")
+    groups = [wanted[i : i + together] for i in range(0, len(wanted), together)]
     measured: list[Measurement] = []
     for number, group in enumerate(groups, 1):
         before = f"{number} of {len(groups)}: " if len(groups) > 1 else ""
