@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
     request = parser_class(add_help=False)
     what = "LAYERSxWIDTH such as 12x3072, a bundled open model such as Llama-3.2-1B"
     for name, unit in (("batch", "sequences"), ("in-tokens", "tokens of each prompt"), ("out-tokens", "tokens to write")):
-        request.add_argument(f"--{name}", type=int, metavar="N", help=unit)
+        request.add_argument(f"--{name}", type=_at_least_one, metavar="N", help=unit)
     request.add_argument("--json", action="store_true", help="print one JSON object")
 
     about = "Time generation on this machine, each shape in a process of its own, in turn."
@@ -38,10 +39,10 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
     measure.add_argument("--engine", choices=ENGINES, help="(default: hf-eager)")
     measure.add_argument("--dtype", choices=DTYPES, help="(default: bf16)")
     measure.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto, CUDA where there is one)")
-    measure.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: one for each core)")
+    measure.add_argument("--threads", type=_at_least_one, metavar="N", help="of the CPU (default: one for each core)")
     measure.add_argument("--protocol", metavar="NAME", help="lengths, sampling and repeats of one of the authors' scripts")
     together = "how many to hold in memory and time in turn (default: every --shape, one row of a grid)"
-    measure.add_argument("--together", type=int, metavar="N", help=together)
+    measure.add_argument("--together", type=_at_least_one, metavar="N", help=together)
     measure.add_argument("--quick", action="store_true", help="few runs and a wide interval")
     measure.add_argument(
         "--cap-seconds", type=float, metavar="S", help="stop after so long even if not converged (default: 90)"
@@ -68,6 +69,12 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
     calibrate.set_defaults(run=_calibrate, show=_show_calibration)
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def _interval(text: str) -> hardware.Estimate:
     try:
         numbers = [float(part) * 1e-6 for part in text.split(",")]
@@ -82,33 +89,26 @@ def _interval(text: str) -> hardware.Estimate:
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from morphlib.latency import timing
 
-    stopping, warm_up = timing.QUICK if arguments.quick else timing.Stopping(), None
-    given = {f.name: getattr(arguments, f.name, None) for f in fields(Configuration)}
     settings: dict[str, Any] = {}
+    stopping, warm_up = timing.QUICK if arguments.quick else timing.Stopping(), None
     if arguments.protocol:
         settings, stopping, warm_up = timing.protocol(arguments.protocol)
-    settings |= {name: value for name, value in given.items() if value is not None}
     if arguments.cap_seconds is not None:
         stopping = replace(stopping, cap_s=arguments.cap_seconds)
-    if (arguments.grid is None) == (not arguments.shape):
-        raise InputError("say what to time: --shape, which may be repeated, or --grid with a file")
-    if arguments.grid:
-        planned = [Configuration(**row | settings) for row in _grid(arguments.grid)]
-    else:
-        planned = [Configuration(model=shape, **settings) for shape in arguments.shape]
+    planned = _planned(arguments, settings)
     held = timing.recorded(arguments.record) if arguments.record else set()
     wanted = [c for c in planned if timing.key(c) not in held]
-    together = (1 if arguments.grid else max(1, len(wanted))) if arguments.together is None else arguments.together
-    if together < 1:
-        raise InputError(f"--together is {together}; give a whole number of at least 1")
+    together = arguments.together or (1 if arguments.grid else max(1, len(wanted)))
     groups = [wanted[i : i + together] for i in range(0, len(wanted), together)]
     measured: list[Measurement] = []
-    for number, group in enumerate(groups, 1):
-        before = f"{number} of {len(groups)}: " if len(groups) > 1 else ""
+    start_s = time.time()
+    for number, group in enumerate(groups):
+        end = time.localtime(start_s + (time.time() - start_s) * len(groups) / number) if number else None
+        before = f"{number + 1} of {len(groups)}{time.strftime(', done at about %H:%M', end) if end else ''}: "
         found = timing.measure(group, stopping, warm_up=warm_up, progress=lambda line, before=before: _progress(before + line))  # type: ignore[misc]
         measured += found
+        _progress("")
         for m in found:
-            _progress("")
             if m.error:
                 print(f"morph latency: {m.error}", file=sys.stderr)
             elif arguments.record:
@@ -117,12 +117,19 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if measured and not good:
         raise InputError(f"none of {len(measured)} configurations could be timed; the lines above say why")
     result: dict[str, Any] = {"results": [_result(m) for m in good], "errors": [m.error for m in measured if m.error]}
-    if len(groups) == 1 and len(good) > 1:
-        first, *others = good
-        ratios = [timing.ratio_of_medians(m.samples("e2e_s"), first.samples("e2e_s")) for m in others]
-        for entry, ratio in zip(result["results"][1:], ratios, strict=True):
-            entry["ratio_to_first"] = _numbers(ratio)
+    if len(groups) == 1:
+        for m, entry in zip(good[1:], result["results"][1:], strict=True):
+            entry["ratio_to_first"] = _numbers(timing.ratio_of_medians(m.samples("e2e_s"), good[0].samples("e2e_s")))
     return result | {"skipped": len(planned) - len(wanted)}
+
+
+def _planned(arguments: argparse.Namespace, settings: dict[str, Any]) -> list[Configuration]:
+    """The configurations that are asked for; what the command line names goes before a protocol and a grid."""
+    named = {f.name: value for f in fields(Configuration) if (value := getattr(arguments, f.name, None)) is not None}
+    if (arguments.grid is None) == (not arguments.shape):
+        raise InputError("say what to time: --shape, which may be repeated, or --grid with a file")
+    rows = _grid(arguments.grid) if arguments.grid else [{"model": shape} for shape in arguments.shape]
+    return [Configuration(**settings | row | named) for row in rows]
 
 
 def _grid(path: Path) -> list[dict[str, Any]]:

@@ -169,7 +169,7 @@ class Measurement:
         row |= {
             "other_load": self.other_load,
             "load_elsewhere": self.load_elsewhere,
-            "disturbed": int(self.other_load > DISTURBED),
+            "disturbed": int(self.other_load > DISTURBED or self.load_elsewhere > DISTURBED_ELSEWHERE),
         }
         return row | _provenance(c)
 
