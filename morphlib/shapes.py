@@ -10,9 +10,12 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, get_args
 
 Convention = Literal["total", "without_input_embedding", "non_embedding"]
@@ -285,19 +288,22 @@ def _known(bits: int) -> int:
     return bits
 
 
-def paper_shapes() -> dict[str, Shape]:
+@cache
+def paper_shapes() -> Mapping[str, Shape]:
     """The shapes of the paper's configuration files and its further 1B candidates, by name.
 
     Candidates without a configuration file have no published head count; theirs is the default.
     """
     with resources.files("morphlib").joinpath("data/paper_shapes.csv").open(encoding="utf-8") as file:
-        return {
-            row["name"]: Shape.of(
-                int(row["d_model"]),
-                int(row["n_layers"]),
-                n_heads=int(row["n_heads"]) if row["n_heads"] else None,
-                d_ff=int(row["d_ff"]),
-                vocab=int(row["vocab"]),
-            )
-            for row in csv.DictReader(file)
-        }
+        return MappingProxyType(
+            {
+                row["name"]: Shape.of(
+                    int(row["d_model"]),
+                    int(row["n_layers"]),
+                    n_heads=int(row["n_heads"]) if row["n_heads"] else None,
+                    d_ff=int(row["d_ff"]),
+                    vocab=int(row["vocab"]),
+                )
+                for row in csv.DictReader(file)
+            }
+        )

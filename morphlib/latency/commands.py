@@ -161,7 +161,7 @@ def _result(m: Measurement) -> dict[str, Any]:
     row = m.row()
     names = {"shape": row["shape"] or row["model"], "device": row["hardware"], "engine": row["engine"], "kind": "measured"}
     times = {name: _numbers(median_interval(m.samples(name))) for name in TIMES if m.samples(name).size}
-    return names | times | {name: value for name, value in row.items() if name not in names and name not in times}
+    return names | times | {name: value for name, value in row.items() if name not in names and name not in TIMES}
 
 
 def _predict(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -231,7 +231,8 @@ def _remarks(rows: list[dict[str, Any]]) -> Iterable[str]:
         if not row["converged"]:
             yield f"{row['shape']}: not converged after {row['n_runs']} runs, the median is known to {row['noise']:.1%}"
         if row["disturbed"]:
-            yield f"{row['shape']}: other programs took {row['other_load']:.0%} of the machine; time it again when it is quiet"
+            busy = f"took {row['other_load']:.0%} of its cores and {row['load_elsewhere']:.0%} of the others"
+            yield f"{row['shape']}: other programs {busy}; time it again when the machine is quiet"
         if not row["ttft_agrees"]:
             yield f"{row['shape']}: two measures of TTFT differ, {row['ttft_s']['value']:.4g} s and {row['ttft_alone_s']:.4g} s"
         if "ratio_to_first" in row:

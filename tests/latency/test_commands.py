@@ -100,6 +100,12 @@ def test_measure_goes_on_after_a_failure_and_says_so(capsys, tmp_path):
     assert len(pd.read_csv(record)) == 1
 
 
+def test_a_single_token_has_no_time_per_token(capsys):
+    """As the protocols of the time to the first token ask for."""
+    code, out, _ = run(capsys, "measure", "--shape", TINY, *SMALL, "--out-tokens", "1")
+    assert code == 0 and "–" in out
+
+
 def test_a_killed_grid_is_taken_up_again(tmp_path):
     grid, record = tmp_path / "grid.csv", tmp_path / "rows.csv"
     grid.write_text(f"model,batch\n{TINY},1\n{TINY},2\n{TINY},3\n", encoding="utf-8")
