@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from morphlib.errors import InputError
 from morphlib.latency import hardware
-from morphlib.latency.engines import DTYPES, ENGINES, Configuration
+from morphlib.latency.engines import ENGINES, Configuration
+from morphlib.latency.models import DTYPES
 
 if TYPE_CHECKING:
     from morphlib.latency.timing import Measurement

@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Protocol, Self, get_args
+from typing import IO, Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from morphlib.latency import models
 
 Engine = Literal["hf-eager", "hf-compiled", "cuda-graph", "vllm"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-DTYPES = ("bf16", "fp16", "fp32")
 SPARE_MEMORY = 0.9  # of what is free; the rest is left to the other programs
 
 
@@ -58,11 +57,11 @@ class Configuration:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("engine", self.engine, ENGINES),
-            ("dtype", self.dtype, DTYPES),
+            ("dtype", self.dtype, tuple(models.DTYPES)),
             ("device", self.device, ("auto", "cpu", "cuda")),
         ):
             if value not in known:
-                raise InputError(f"{value!r} is not a {name}; choose one of {', '.join(known)}")
+                raise InputError(f"{name} {value!r} is not known; choose one of {', '.join(known)}")
         cores = len(_usable_cores())
         object.__setattr__(self, "threads", cores if self.threads is None else self.threads)
         for name in ("batch", "in_tokens", "out_tokens", "threads"):
@@ -190,16 +189,6 @@ class Worker:
         return f"(exit code {code}): {last}"
 
 
-class _Session(Protocol):
-    """What an engine is to the process that holds it."""
-
-    facts: dict[str, Any]
-
-    def generate(self, in_tokens: int, out_tokens: int) -> tuple[float, list[float]]:
-        """Seconds from end to end, and of each token."""
-        ...
-
-
 class _HuggingFace:
     """``model.generate`` of transformers: eager with a growing cache, or compiled with a static one.
 
@@ -220,7 +209,7 @@ class _HuggingFace:
         if c.engine == "cuda-graph" and self.device.type == "cpu":
             raise InputError("a CUDA graph cannot run on the CPU; use hf-compiled")
         model = models.resolve(c.model)
-        _check_room(model, c, _free_bytes(self.device))
+        _check_room(model, c, _memory_bytes(self.device)[0])
         self.model = model.load(c.dtype, self.device, seed=c.seed)
         # a real checkpoint names tokens that end a text: here the length is given
         self.model.generation_config = transformers.GenerationConfig()
@@ -304,7 +293,8 @@ class _Vllm:
         model = models.resolve(c.model)
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
-        _check_room(model, c, _free_bytes(device))
+        free, total = _memory_bytes(device)
+        _check_room(model, c, free)
         folder = model.path
         if folder is None:
             self._folder = tempfile.TemporaryDirectory()
@@ -314,12 +304,12 @@ class _Vllm:
             model=str(folder),
             load_format="safetensors" if model.path else "dummy",
             skip_tokenizer_init=True,
-            dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[c.dtype],
+            dtype=models.DTYPES[c.dtype],
             max_model_len=c.in_tokens + c.out_tokens,
             max_num_seqs=c.batch,
             enable_prefix_caching=False,
             # of all memory: on a GPU vLLM's own default, on a CPU half of what is free
-            **({} if on_gpu else {"gpu_memory_utilization": round(0.5 * _free_bytes(device) / _total_bytes(), 2)}),
+            **({} if on_gpu else {"gpu_memory_utilization": round(0.5 * free / total, 2)}),
             seed=c.seed,
         )
         self.vocabulary = model.config.vocab_size
@@ -370,20 +360,16 @@ def _check_room(model: models.Model, c: Configuration, free_bytes: int) -> None:
         )
 
 
-def _free_bytes(device: Any) -> int:
+def _memory_bytes(device: Any) -> tuple[int, int]:
+    """What is free of the device's memory, and all of it."""
     if device.type == "cuda":
         import torch
 
-        return int(torch.cuda.mem_get_info()[0])
+        return torch.cuda.mem_get_info()
     import psutil
 
-    return int(psutil.virtual_memory().available)
-
-
-def _total_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().total)
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
 
 
 def _peak_resident_bytes() -> int:
@@ -402,7 +388,7 @@ def _serve(requests: IO[str], replies: IO[str]) -> None:
         configuration = Configuration(**json.loads(requests.readline()))
         if hasattr(os, "sched_setaffinity"):  # pinned: a thread that moves to another core leaves its cache behind
             os.sched_setaffinity(0, configuration.cores)
-        session: _Session = (_Vllm if configuration.engine == "vllm" else _HuggingFace)(configuration)
+        session = (_Vllm if configuration.engine == "vllm" else _HuggingFace)(configuration)
         reply(session.facts)
         for line in requests:
             e2e_s, token_times_s = session.generate(**json.loads(line))
