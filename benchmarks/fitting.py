@@ -149,8 +149,8 @@ def others(rows: pd.DataFrame, law: Law, by_hand: ByHand, best: float) -> None:
             grid = {"E": [0.5, 1.0], "A": [5.0, 10.0], "B": [5.0, 10.0], "alpha": [0.3, 0.6], "beta": [0.3, 0.6]}
             model = Chinchilla(folder, param_grid=grid, log_level=50)
             for row in rows.itertuples():
-                model.append(C=6 * row.n_params * row.tokens, N=row.n_params, D=row.tokens, loss=row.loss)
-            elapsed = seconds(model.fit)
+                model.database.append(C=6 * row.n_params * row.tokens, N=row.n_params, D=row.tokens, loss=row.loss)
+            elapsed = seconds(lambda: model.fit(parallel=False))
         show("chinchilla, 5-parameter law, 32 starts", [elapsed], "its own law and objective")
     else:
         print("chinchilla is not installed")
