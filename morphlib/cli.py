@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     aim.add_argument("--target", metavar="CSV", help="runs whose predicted loss shall become surer")
     aim.add_argument("--parameter", metavar="NAME", help="the parameter that shall become surer")
     design.set_defaults(run=_design, show=_show_rows("candidates"))
-    latency.add_commands(commands, _Parser)
+    latency.add_commands(commands, _Parser, _number(1))
     return parser
 
 

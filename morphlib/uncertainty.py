@@ -9,7 +9,7 @@ that says which belong together as ``cluster``.
 Of 95 % intervals on the design of the paper's 76 rows (``benchmarks/coverage.py``), those with
 ``cluster_covariance`` by shape hold each parameter in 94 % of simulated tables or more, whether or
 not the rows of a shape share their errors; with shared errors those for independent rows hold the
-worst parameter in 81 to 91 %. On 27 rows with seven parameters no kind is safe, and ``basic`` fails.
+worst parameter in 80 to 91 %. On 27 rows with seven parameters no kind is safe, and ``basic`` fails.
 
 Weights of the fit are taken as they are meant there: the noise of a row has the variance s^2 / weight. Covariances and
 profiles weight the squares with them, a bootstrap draws rows with their weights, and the run of a prediction has weight one.

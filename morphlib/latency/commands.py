@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,16 @@ from morphlib.errors import InputError
 from morphlib.latency import hardware
 from morphlib.latency.engines import ENGINES, Configuration
 from morphlib.latency.models import DTYPES
+from morphlib.shapes import BITS
 
 if TYPE_CHECKING:
     from morphlib.latency.timing import Measurement
 
-MODES = ("eager", "compiled", "graph")
 TIMES = ("ttft_s", "tpot_s", "e2e_s")
 
 
-def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> None:
-    """Add ``latency`` and its own sub-commands to those of ``morph``."""
+def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser], count: Callable[[str], int]) -> None:
+    """Add ``latency`` and its own sub-commands to those of ``morph``; ``count`` reads a whole number of at least 1."""
     about = "Measure latency on this machine, or predict it for a GPU."
     latency = commands.add_parser("latency", help="measure or predict latency", description=about).add_subparsers(
         dest="subcommand", required=True, metavar="SUBCOMMAND", parser_class=parser_class
@@ -31,7 +31,7 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
     request = parser_class(add_help=False)
     what = "LAYERSxWIDTH such as 12x3072, a bundled open model such as Llama-3.2-1B"
     for name, unit in (("batch", "sequences"), ("in-tokens", "tokens of each prompt"), ("out-tokens", "tokens to write")):
-        request.add_argument(f"--{name}", type=_at_least_one, metavar="N", help=unit)
+        request.add_argument(f"--{name}", type=count, metavar="N", help=unit)
     request.add_argument("--json", action="store_true", help="print one JSON object")
 
     about = "Time generation on this machine, each shape in a process of its own, in turn."
@@ -40,13 +40,14 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
     measure.add_argument("--engine", choices=ENGINES, help="(default: hf-eager)")
     measure.add_argument("--dtype", choices=DTYPES, help="(default: bf16)")
     measure.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto, CUDA where there is one)")
-    measure.add_argument("--threads", type=_at_least_one, metavar="N", help="of the CPU (default: one for each core)")
-    measure.add_argument("--protocol", metavar="NAME", help="lengths, sampling and repeats of one of the authors' scripts")
+    measure.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: one for each core)")
+    how = measure.add_mutually_exclusive_group()
+    how.add_argument("--protocol", metavar="NAME", help="lengths, sampling and repeats of one of the authors' scripts")
+    how.add_argument("--quick", action="store_true", help="few runs and a wide interval")
     together = "how many to hold in memory and time in turn (default: every --shape, one row of a grid)"
-    measure.add_argument("--together", type=_at_least_one, metavar="N", help=together)
-    measure.add_argument("--quick", action="store_true", help="few runs and a wide interval")
+    measure.add_argument("--together", type=count, metavar="N", help=together)
     measure.add_argument(
-        "--cap-seconds", type=float, metavar="S", help="stop after so long even if not converged (default: 90)"
+        "--cap-seconds", type=count, metavar="S", help="stop after so long even if not converged (default: 90)"
     )
     measure.add_argument("--grid", type=Path, metavar="CSV", help="time the rows of this file instead of --shape")
     measure.add_argument("--record", type=Path, metavar="CSV", help="append each row to this file; skip what it holds already")
@@ -56,9 +57,9 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
     predict = latency.add_parser("predict", parents=[request], help="predict latency on a GPU", description=about)
     predict.add_argument("--shape", action="append", required=True, metavar="SHAPE", help=f"{what}; may be repeated")
     predict.add_argument("--gpu", action="append", metavar="GPU", help=f"{', '.join(hardware.GPUS)} or this; may be repeated")
-    predict.add_argument("--mode", choices=MODES, default="eager", help="(default: %(default)s)")
-    predict.add_argument("--weight-bits", type=int, choices=(4, 8, 16, 32), default=16, help="(default: %(default)s)")
-    predict.add_argument("--kv-bits", type=int, choices=(4, 8, 16, 32), help="(default: 16)")
+    predict.add_argument("--mode", default="eager", metavar="MODE", help="eager, compiled or graph (default: %(default)s)")
+    predict.add_argument("--weight-bits", type=int, choices=BITS, default=16, help="(default: %(default)s)")
+    predict.add_argument("--kv-bits", type=int, choices=BITS, help="(default: 16)")
     launch = "cost of dispatching one operation on the host, in microseconds, with its interval"
     predict.add_argument("--host-launch-us", type=_interval, metavar="VALUE[,LOW,HIGH]", help=launch)
     predict.set_defaults(run=_predict, show=_show)
@@ -70,18 +71,12 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
     calibrate.set_defaults(run=_calibrate, show=_show_calibration)
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def _interval(text: str) -> hardware.Estimate:
     try:
         numbers = [float(part) * 1e-6 for part in text.split(",")]
-        value, low, high = numbers if len(numbers) == 3 else (numbers[0], numbers[0], numbers[0])
+        value, low, high = numbers * 3 if len(numbers) == 1 else numbers
         return hardware.Estimate(value, low, high, "given")
-    except (ValueError, IndexError):
+    except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a cost; write VALUE or VALUE,LOW,HIGH with low <= value <= high"
         ) from None

@@ -153,7 +153,7 @@ class Measurement:
                 row[column] = float(np.percentile(samples, percentile)) if samples.size else np.nan
         row["kv_bytes_per_token"] = 2 * row["n_layers"] * row["n_kv_heads"] * row["head_size"] * (4 if c.dtype == "fp32" else 2)
         with contextlib.suppress(ValueError):  # a model that Shape does not describe has no shape, only sizes
-            if row["built_as"] == "llama":
+            if row["built_as"] == "llama" and row["n_heads"] * row["head_size"] == row["d_model"]:
                 row["shape"] = str(
                     Shape(
                         **{
@@ -171,7 +171,7 @@ class Measurement:
             "load_elsewhere": self.load_elsewhere,
             "disturbed": int(self.other_load > DISTURBED or self.load_elsewhere > DISTURBED_ELSEWHERE),
         }
-        return row | _provenance(c)
+        return row | _provenance(row["ran_on"] == "cuda")
 
 
 _KEY = [f.name for f in fields(Configuration)]
@@ -299,8 +299,8 @@ class _Load:
         return float(here), float(busy_elsewhere / total_elsewhere) if total_elsewhere > 0 else np.nan
 
 
-def _provenance(c: Configuration) -> dict[str, Any]:
-    clock, throttled = _clock(c)
+def _provenance(on_gpu: bool) -> dict[str, Any]:
+    clock, throttled = _clock(on_gpu)
     return {
         "clock_mhz": clock,
         "throttled": throttled,
@@ -310,9 +310,9 @@ def _provenance(c: Configuration) -> dict[str, Any]:
     }
 
 
-def _clock(c: Configuration) -> tuple[float | None, int | None]:
+def _clock(on_gpu: bool) -> tuple[float | None, int | None]:
     """The clock in MHz, and whether it was held down, where the machine tells."""
-    if c.device != "cpu":
+    if on_gpu:
         query = "--query-gpu=clocks.sm,clocks_event_reasons.active"
         with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
             line = subprocess.run(
