@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from morphlib import __version__, laws
 from morphlib.errors import InputError
 from morphlib.latency import commands as latency
-from morphlib.shapes import CONVENTIONS, Convention
+from morphlib.shapes import BITS, CONVENTIONS, GPT_NEOX_VOCABULARY, Convention
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from morphlib.fitting import Fit
+    from morphlib.shapes import Shapes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,6 +54,23 @@ def _number(least: int) -> Callable[[str], int]:
     return parse
 
 
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above zero; write 1.7e9 or 0.5")
+    return number
+
+
+def _range(text: str) -> range:
+    parts = text.split("-")
+    if not (len(parts) in (2, 3) and all(part.isdigit() and int(part) for part in parts) and int(parts[0]) <= int(parts[1])):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range; write FROM-TO, such as 8-32, or FROM-TO-STEP")
+    return range(int(parts[0]), int(parts[1]) + 1, *map(int, parts[2:]))
+
+
 _LOSSES = ("squared", "huber", "log-huber")
 _HOLDOUTS = ("shape", "size", "largest-n", "widest-r")
 
@@ -62,19 +80,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"morph {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    table = _Parser(add_help=False)
-    table.add_argument("runs", metavar="RUNS", help="'paper' for the paper's 76 runs, or the path of a CSV file")
-    table.add_argument("--count", choices=CONVENTIONS, help="how N is counted; converts a table that counts otherwise")
-    table.add_argument(
+    of_table = _Parser(add_help=False)
+    of_table.add_argument("--count", choices=CONVENTIONS, help="how N is counted; converts a table that counts otherwise")
+    of_table.add_argument(
         "--map", type=_mapping, metavar="NAME=COLUMN,...", help="columns of the file that have other names, n_params=N,tokens=D"
     )
-    table.add_argument(
+    of_table.add_argument(
         "--average-logs",
         action="store_true",
         help="average the log that column 'log' names, as the paper does",
     )
-    table.add_argument("--fit-on", metavar="COLUMN", help="fit only the rows with 1 in this 0/1 column")
-    table.add_argument("--json", action="store_true", help="print one JSON object")
+    of_table.add_argument("--fit-on", metavar="COLUMN", help="fit only the rows with 1 in this 0/1 column")
+    of_table.add_argument("--json", action="store_true", help="print one JSON object")
+    which = "'paper' for the paper's 76 runs, or the path of a CSV file"
+    table = _Parser(add_help=False, parents=[of_table])
+    table.add_argument("runs", metavar="RUNS", help=which)
     law = _Parser(add_help=False)
     law.add_argument(
         "--law",
@@ -135,8 +155,77 @@ def _parser() -> argparse.ArgumentParser:
     aim.add_argument("--target", metavar="CSV", help="runs whose predicted loss shall become surer")
     aim.add_argument("--parameter", metavar="NAME", help="the parameter that shall become surer")
     design.set_defaults(run=_design, show=_show_rows("candidates"))
+    _add_select(commands, [of_table, law], columns)
     latency.add_commands(commands, _Parser, _number(1))
     return parser
+
+
+def _add_select(commands: Any, parents: list[argparse.ArgumentParser], columns: str) -> None:
+    select = commands.add_parser(
+        "select",
+        parents=parents,
+        help="choose the shape to train under caps on parameters, tokens and latency",
+        description="Choose the shape of least predicted loss under caps on parameters, training tokens and latency.",
+        epilog=f"{columns} Latency is end to end, predicted for a GPU unless --latencies gives it.",
+    )
+    select.add_argument(
+        "--runs", default="paper", metavar="RUNS", help="'paper' or the path of a CSV file (default: %(default)s)"
+    )
+    for name, unit in (
+        ("params", "parameters, as the table counts them"),
+        ("tokens", "training tokens"),
+        ("latency-s", "seconds"),
+    ):
+        select.add_argument(f"--max-{name}", type=_above_zero, required=True, metavar="X", help=unit)
+    for name, unit in (("kv-bytes", "of the cache of keys and values at the end"), ("weight-bytes", "of the weights")):
+        select.add_argument(f"--max-{name}", type=_above_zero, default=math.inf, metavar="X", help=f"bytes {unit}")
+    select.add_argument("--gpu", default="A100-40GB", metavar="GPU", help="as in morph latency predict (default: %(default)s)")
+    select.add_argument("--mode", default="eager", metavar="MODE", help="eager, compiled or graph (default: %(default)s)")
+    select.add_argument(
+        "--latencies",
+        metavar="CSV",
+        help="choose among the shapes of this file, with columns shape and latency_s, or rows of morph latency measure",
+    )
+    for name in ("batch", "in-tokens", "out-tokens"):
+        select.add_argument(f"--{name}", type=_number(1), metavar="N", help="of the workload (default: 1, 128, 256)")
+    for name in ("weight-bits", "kv-bits"):
+        select.add_argument(f"--{name}", type=int, choices=BITS, help="(default: 16)")
+    shapes = select.add_argument_group("candidates")
+    shapes.add_argument(
+        "--tolerance", type=float, default=1.0, metavar="X", help="only shapes of (1 - X) times --max-params or more"
+    )
+    shapes.add_argument(
+        "--depths", type=_range, default=range(1, 129), metavar="FROM-TO[-STEP]", help="layers (default: 1-128)"
+    )
+    shapes.add_argument(
+        "--width-multiple", type=_number(1), default=128, metavar="N", help="of the width (default: %(default)s)"
+    )
+    shapes.add_argument(
+        "--heads", type=_number(1), metavar="N", help="as many heads in every shape (default: heads of 128, or 64)"
+    )
+    shapes.add_argument(
+        "--queries-per-kv-head", type=_number(1), action="append", metavar="N", help="1 is MHA (default), more GQA"
+    )
+    shapes.add_argument(
+        "--d-ff-ratio", type=_above_zero, action="append", metavar="X", help="d_ff over width (default: Open-LM's rule)"
+    )
+    shapes.add_argument("--vocab", type=_number(1), default=GPT_NEOX_VOCABULARY, metavar="N", help="(default: %(default)s)")
+    shapes.add_argument("--tied", action="store_true", help="share the embedding with the output head")
+    shapes.add_argument("--extrapolate", action="store_true", help="allow N, D and R outside the fitted rows, flagged")
+    odds = select.add_argument_group("uncertainty")
+    odds.add_argument(
+        "--draws", type=_number(0), default=1000, metavar="N", help="refits of resampled runs (default: %(default)s)"
+    )
+    odds.add_argument(
+        "--cluster", default="name", metavar="COLUMN", help="rows that are resampled together (default: %(default)s)"
+    )
+    odds.add_argument("--run-noise", action="store_true", help="let each candidate deviate from the law as a single run does")
+    odds.add_argument(
+        "--contain", type=float, default=0.9, metavar="P", help="probability that those to train contain the best"
+    )
+    select.add_argument("--inference-tokens", type=_above_zero, metavar="X", help="also choose by training and inference FLOPs")
+    select.add_argument("--top", type=_number(1), default=20, metavar="N", help="candidates to list (default: %(default)s)")
+    select.set_defaults(run=_select, show=_show_select)
 
 
 def _load(arguments: argparse.Namespace, source: str | None = None, count: Convention | None = None) -> pd.DataFrame:
@@ -271,6 +360,91 @@ def _design(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"candidates": ranked.to_dict(orient="records"), **_ending(table, fit)}
 
 
+def _select(arguments: argparse.Namespace) -> dict[str, Any]:
+    from morphlib import fitting, selection, uncertainty
+    from morphlib.latency.analytic import Model, Workload
+
+    table = _load(arguments)
+    caps = selection.Caps(
+        params=arguments.max_params,
+        tokens=arguments.max_tokens,
+        latency_s=arguments.max_latency_s,
+        kv_bytes=arguments.max_kv_bytes,
+        weight_bytes=arguments.max_weight_bytes,
+    )
+    asked = {name: getattr(arguments, name) for name in ("batch", "in_tokens", "out_tokens", "weight_bits", "kv_bits")}
+    work = Workload(**{name: value for name, value in asked.items() if value is not None})
+    if arguments.latencies:
+        latencies: selection.Latencies = selection.Tabled.read(arguments.latencies, work)
+    else:
+        shapes = _candidates(arguments, table["n_count"].iloc[0])
+        model = Model.of(arguments.gpu, arguments.mode, weight_bits=work.weight_bits)
+        latencies = selection.Predicted(shapes, model, work)
+    print(f"morph select: {len(latencies.shapes)} candidate shapes", file=sys.stderr)
+    fit = fitting.fit(table, laws.get(arguments.law, arguments.exponents), arguments.fit_on)
+    draws = uncertainty.bootstrap(table, fit, arguments.draws, cluster=arguments.cluster).values if arguments.draws else None
+    found = selection.select(
+        table,
+        fit,
+        latencies,
+        caps,
+        parameters=draws,
+        run_noise=arguments.run_noise,
+        contain=arguments.contain,
+        extrapolate=arguments.extrapolate,
+    )
+    listed = found.candidates
+    result = {
+        "law": fit.law.name,
+        "exponents": fit.law.exponents,
+        "count": fit.count,
+        "chosen": listed.iloc[0].to_dict(),
+        "candidates": listed.head(arguments.top).to_dict(orient="records"),
+        "n_candidates": len(listed),
+        "binding_caps": list(found.binding_caps),
+        "shadow_prices": found.shadow_prices,
+        "left_out": found.left_out,
+        "continuous": asdict(found.optimum) if found.optimum else None,
+        "front": found.front.to_dict(orient="records"),
+        "caps": asdict(caps),
+        "workload": asdict(latencies.work),
+        **_ending(table, fit),
+    }
+    if draws is not None:
+        result["probabilities"] = {
+            "beyond_latency_cap": found.probability_beyond,
+            "none_within": found.probability_none,
+            "to_train": listed["shape"][listed["train"]].tolist(),
+            "not_told_apart": listed["shape"][~listed["told_apart"]].tolist(),
+        }
+    if arguments.inference_tokens:
+        ranges = None if arguments.extrapolate else selection.fitted_ranges(table, fit)
+        cost = selection.lifetime(fit, latencies.shapes, float(listed["loss"][0]), arguments.inference_tokens, ranges)
+        cheapest = int(cost["flops"].argmin())
+        result["lifetime"] = {"shape": str(latencies.shapes[cheapest]), **cost.iloc[cheapest].to_dict()}
+    return result
+
+
+def _candidates(arguments: argparse.Namespace, count: Convention) -> Shapes:
+    from morphlib.shapes import candidates
+
+    try:
+        return candidates(
+            arguments.max_params,
+            tolerance=arguments.tolerance,
+            count=count,
+            depths=arguments.depths,
+            width_multiple=arguments.width_multiple,
+            n_heads=arguments.heads,
+            queries_per_kv_head=arguments.queries_per_kv_head or (1,),
+            d_ff_ratios=arguments.d_ff_ratio or (None,),
+            vocab=arguments.vocab,
+            tied=arguments.tied,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def _show_fit(result: dict[str, Any]) -> None:
     print(f"{result['law']}, {result['exponents']} exponents, N counted as {result['count']}\n")
     _show_table([{"parameter": name, **entry} for name, entry in result["parameters"].items()])
@@ -316,6 +490,47 @@ def _show_rows(key: str) -> Callable[[dict[str, Any]], None]:
             _show_verdict(result)
 
     return show
+
+
+_SHOWN = {
+    "shape": "shape",
+    "n_params": "N",
+    "loss": "loss",
+    "loss_low": "95 % low",
+    "loss_high": "95 % high",
+    "latency_s": "latency s",
+    "latency_low_s": "from",
+    "latency_high_s": "to",
+    "latency_kind": "kind",
+    "probability_best": "P(best)",
+    "expected_regret": "regret",
+}
+
+
+def _show_select(result: dict[str, Any]) -> None:
+    print(f"{result['chosen']['shape']} has the least loss that {result['law']} predicts within the caps\n")
+    _show_table([{name: row[key] for key, name in _SHOWN.items() if key in row} for row in result["candidates"]])
+    more = result["n_candidates"] - len(result["candidates"])
+    print(f"and {more} more; left out by: " + (", ".join(f"{why} {n}" for why, n in result["left_out"].items()) or "nothing"))
+    print(f"binding: {', '.join(result['binding_caps']) or 'none'}")
+    if prices := result["shadow_prices"]:
+        print("one more unit of a cap saves: " + ", ".join(f"{price:.3g} {unit}" for unit, price in prices.items()))
+    if best := result["continuous"]:
+        print("with any width and depth: {n_layers:.2f} x {d_model:.0f}, loss {loss:.4f}".format(**best))
+    if odds := result.get("probabilities"):
+        print(f"train {len(odds['to_train'])} to have the best among them: {', '.join(odds['to_train'])}")
+        print(f"not told apart from the chosen one: {len(odds['not_told_apart'])}")
+        print(
+            f"a shape beyond the latency cap is within it and better with probability {odds['beyond_latency_cap']:.2f}; "
+            f"none is within it with {odds['none_within']:.2f}"
+        )
+    if cheapest := result.get("lifetime"):
+        print(
+            "least FLOPs of training and inference for that loss: {shape}, {tokens:.3g} tokens, {flops:.3g} FLOPs".format(
+                **cheapest
+            )
+        )
+    _show_verdict(result)
 
 
 def _without_nan(value: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pandera.pandas as pa
+from numpy.typing import ArrayLike
 
 from morphlib.errors import InputError
 from morphlib.laws import Array
@@ -130,14 +131,13 @@ def load(
     return table
 
 
-def variables(table: pd.DataFrame) -> dict[str, Array]:
+def variables(table: pd.DataFrame | Mapping[str, ArrayLike]) -> dict[str, Array]:
     """The variables that laws read of runs (``morphlib.laws``), each of shape (n,).
 
     ``M``, the parameters of the feed-forward layers over those of the attention, is there where the
     table has ``d_ff``.
     """
-    columns = {name: table[name].to_numpy(dtype=float) for name in ("n_params", "tokens", "d_model", "n_layers")}
-    n, d, width, depth = columns.values()
+    n, d, width, depth = (np.asarray(table[name], dtype=float) for name in ("n_params", "tokens", "d_model", "n_layers"))
     values = {
         "N": n,
         "D": d,
@@ -151,8 +151,8 @@ def variables(table: pd.DataFrame) -> dict[str, Array]:
     if "d_ff" in table:
         kv_share = 1.0
         if "n_kv_heads" in table and "n_heads" in table:
-            kv_share = table["n_kv_heads"].to_numpy(dtype=float) / table["n_heads"].to_numpy(dtype=float)
-        values["M"] = 3 * table["d_ff"].to_numpy(dtype=float) / (2 * width * (1 + kv_share))
+            kv_share = np.asarray(table["n_kv_heads"], dtype=float) / np.asarray(table["n_heads"], dtype=float)
+        values["M"] = 3 * np.asarray(table["d_ff"], dtype=float) / (2 * width * (1 + kv_share))
     return values
 
 

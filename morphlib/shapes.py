@@ -10,13 +10,16 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Generic, Literal, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 Convention = Literal["total", "without_input_embedding", "non_embedding"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
@@ -33,6 +36,7 @@ GPT_NEOX_VOCABULARY = 50432  # GPT-NeoX-20B's tokenizer, padded, as the paper tr
 _SPECIFICATION = re.compile(r"(?P<n_layers>\d+)x(?P<d_model>\d+)(?P<rest>(/.+)?)")
 _PART = re.compile(r"/(?:(\d+)(h|kv|ff|v)|(ff=8d/3)|(tied))(?=/|$)")
 _FIELD = {"h": "n_heads", "kv": "n_kv_heads", "ff": "d_ff", "v": "vocab"}
+SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab")
 _HOW_TO_WRITE = "write LAYERSxWIDTH, for example 12x3072, with /16h /4kv /8192ff /50432v or /ff=8d/3 /tied behind it as needed"
 
 
@@ -59,8 +63,107 @@ def default_heads(d_model: int) -> int:
     return max((h for h in range(1, d_model // 64 + 1) if d_model % h == 0), default=1)
 
 
+Array = NDArray[np.float64]
+Number = TypeVar("Number", int, Array)
+
+
+class _Counted(Generic[Number]):
+    """What follows from the sizes: of one `Shape` in whole numbers, of many (`Shapes`) as arrays."""
+
+    __slots__ = ()
+
+    d_model: Number
+    n_layers: Number
+    n_heads: Number
+    n_kv_heads: Number
+    d_ff: Number
+    vocab: Number
+    tied: bool | NDArray[np.bool_]
+    norm: Norm
+
+    @property
+    def head_size(self) -> Number:
+        raise NotImplementedError
+
+    @property
+    def aspect_ratio(self) -> float | Array:
+        """R = d_model / n_layers (paper, section 2)."""
+        return self.d_model / self.n_layers
+
+    def parameters_by_group(self) -> dict[str, Number]:
+        """Parameters of each group of weights; the groups share no weight and miss none.
+
+        A tied table is listed under the output head, the place where it does arithmetic.
+        """
+        kv_width = self.n_kv_heads * self.head_size
+        norm_vectors = 2 if self.norm == "layer_norm" else 1  # a gain, and for layer_norm a bias
+        return {
+            "input_embedding": self.vocab * self.d_model * (1 - self.tied),
+            "attention": self.n_layers * (2 * self.d_model**2 + 2 * self.d_model * kv_width),
+            "feed_forward": self.n_layers * 3 * self.d_model * self.d_ff,
+            "norms": (2 * self.n_layers + 1) * self.d_model * norm_vectors,
+            "output_head": self.vocab * self.d_model,
+        }
+
+    def n_params(self, convention: Convention) -> Number:
+        """The number of parameters, by the named convention.
+
+        ``total`` is the paper's N = 2 V d + L (4 d^2 + 3 d d_ff + 2 d) + d for untied tables,
+        gain-only norms and as many key-value heads as heads. ``without_input_embedding`` leaves
+        out the input table where it is a table of its own, ``non_embedding`` both tables.
+        """
+        groups = self.parameters_by_group()
+        total = sum(groups.values())
+        if convention == "total":
+            return total
+        if convention == "without_input_embedding":
+            return total - groups["input_embedding"]
+        if convention == "non_embedding":
+            return total - groups["input_embedding"] - groups["output_head"]
+        raise ValueError(f"{convention!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
+
+    def weight_bytes(self, bits: Bits = 16, convention: Convention = "total") -> Number:
+        """Bytes of the weights that ``convention`` counts, each of ``bits`` bits, without the scales of a quantizer.
+
+        A decode step reads those of ``without_input_embedding``: of the input table it reads one row per sequence.
+        """
+        return _bytes(self.n_params(convention), bits)
+
+    def kv_bytes_per_token(self, bits: Bits = 16, latent_width: int | None = None) -> Number:
+        """Bytes that the cache of keys and values grows by with each token: 2 L n_kv head_size numbers.
+
+        With ``latent_width`` the attention is multi-head latent attention (MLA), which caches one vector per layer
+        for all heads: the compressed keys and values and the rotated key, 512 + 64 wide in DeepSeek-V2
+        (arXiv 2405.04434, section 2.1).
+        """
+        if latent_width is not None and latent_width < 1:
+            raise ValueError(f"the latent width is {latent_width}; give a whole number of at least 1")
+        width = 2 * self.n_kv_heads * self.head_size if latent_width is None else latent_width
+        return _bytes(self.n_layers * width, bits)
+
+    def decode_flops_per_token(self, context: float) -> float | Array:
+        """FLOPs for one more token that attends to ``context`` tokens, itself among them.
+
+        Two for each weight of a matrix, and 4 L d context for scores and weighted values: a third of the 6 N + 12 L H Q T
+        of a training step in PaLM (arXiv 2204.02311, appendix B).
+        """
+        groups = self.parameters_by_group()
+        matrices = groups["attention"] + groups["feed_forward"] + groups["output_head"]
+        return 2 * matrices + 4 * self.n_layers * self.d_model * context
+
+    def prefill_flops_per_token(self, in_tokens: int) -> float | Array:
+        """Mean FLOPs per token of reading ``in_tokens`` tokens at once, up to the logits of the last token alone.
+
+        A token attends to (in_tokens + 1) / 2 tokens on average, itself among them.
+        """
+        if in_tokens < 1:
+            raise ValueError(f"in_tokens is {in_tokens}; give a whole number of at least 1")
+        head = 2 * self.parameters_by_group()["output_head"]
+        return self.decode_flops_per_token((in_tokens + 1) / 2) - head + head / in_tokens
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class Shape(_Counted[int]):
     """A decoder-only transformer with SwiGLU, rotary positions and pre-norm, without linear biases.
 
     Widths and counts are positive integers. ``n_heads`` divides ``d_model`` and ``n_kv_heads``
@@ -199,93 +302,128 @@ class Shape:
         return self.d_model // self.n_heads
 
     @property
-    def aspect_ratio(self) -> float:
-        """R = d_model / n_layers (paper, section 2)."""
-        return self.d_model / self.n_layers
-
-    def parameters_by_group(self) -> dict[str, int]:
-        """Parameters of each group of weights; the groups share no weight and miss none.
-
-        A tied table is listed under the output head, the place where it does arithmetic.
-        """
-        kv_width = self.n_kv_heads * self.head_size
-        norm_vectors = 2 if self.norm == "layer_norm" else 1  # a gain, and for layer_norm a bias
-        return {
-            "input_embedding": 0 if self.tied else self.vocab * self.d_model,
-            "attention": self.n_layers * (2 * self.d_model**2 + 2 * self.d_model * kv_width),
-            "feed_forward": self.n_layers * 3 * self.d_model * self.d_ff,
-            "norms": (2 * self.n_layers + 1) * self.d_model * norm_vectors,
-            "output_head": self.vocab * self.d_model,
-        }
-
-    def n_params(self, convention: Convention) -> int:
-        """The number of parameters, by the named convention.
-
-        ``total`` is the paper's N = 2 V d + L (4 d^2 + 3 d d_ff + 2 d) + d for untied tables,
-        gain-only norms and as many key-value heads as heads. ``without_input_embedding`` leaves
-        out the input table where it is a table of its own, ``non_embedding`` both tables.
-        """
-        groups = self.parameters_by_group()
-        total = sum(groups.values())
-        if convention == "total":
-            return total
-        if convention == "without_input_embedding":
-            return total - groups["input_embedding"]
-        if convention == "non_embedding":
-            return total - groups["input_embedding"] - groups["output_head"]
-        raise ValueError(f"{convention!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
-
-    @property
     def attention_kind(self) -> AttentionKind:
         """Multi-head, grouped-query or multi-query attention (Ainslie et al., arXiv 2305.13245, section 2.2)."""
         if self.n_kv_heads == self.n_heads:
             return "MHA"
         return "MQA" if self.n_kv_heads == 1 else "GQA"
 
-    def weight_bytes(self, bits: Bits = 16, convention: Convention = "total") -> int:
-        """Bytes of the weights that ``convention`` counts, each of ``bits`` bits, without the scales of a quantizer.
 
-        A decode step reads those of ``without_input_embedding``: of the input table it reads one row per sequence.
-        """
-        return self.n_params(convention) * _known(bits) // 8
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes(_Counted[Array]):
+    """Many shapes at once: each size an array of shape (n,), in floating point, which counts exactly up to 2^53.
 
-    def kv_bytes_per_token(self, bits: Bits = 16, latent_width: int | None = None) -> int:
-        """Bytes that the cache of keys and values grows by with each token: 2 L n_kv head_size numbers.
+    Nothing is checked: `candidates` and ``of`` make shapes that can be built, an optimizer may pass fractions.
+    """
 
-        With ``latent_width`` the attention is multi-head latent attention (MLA), which caches one vector per layer
-        for all heads: the compressed keys and values and the rotated key, 512 + 64 wide in DeepSeek-V2
-        (arXiv 2405.04434, section 2.1).
-        """
-        if latent_width is not None and latent_width < 1:
-            raise ValueError(f"the latent width is {latent_width}; give a whole number of at least 1")
-        width = 2 * self.n_kv_heads * self.head_size if latent_width is None else latent_width
-        return self.n_layers * width * _known(bits) // 8
+    d_model: Array
+    n_layers: Array
+    n_heads: Array
+    n_kv_heads: Array
+    d_ff: Array
+    vocab: Array
+    tied: NDArray[np.bool_]
+    norm: Norm = "gain_only_layer_norm"
 
-    def decode_flops_per_token(self, context: float) -> float:
-        """FLOPs for one more token that attends to ``context`` tokens, itself among them.
+    @classmethod
+    def of(cls, shapes: Sequence[Shape]) -> Shapes:
+        """The shapes of a list; their norms must be of one kind, or ``ValueError`` says so."""
+        norms = {shape.norm for shape in shapes} or {"gain_only_layer_norm"}
+        if len(norms) > 1:
+            raise ValueError(f"the shapes have different norms, {', '.join(sorted(norms))}; take those of one kind")
+        sizes = {field: np.array([getattr(shape, field) for shape in shapes], dtype=float) for field in SIZES}
+        return cls(**sizes, tied=np.array([shape.tied for shape in shapes], dtype=bool), norm=norms.pop())  # type: ignore[arg-type]
 
-        Two for each weight of a matrix, and 4 L d context for scores and weighted values: a third of the 6 N + 12 L H Q T
-        of a training step in PaLM (arXiv 2204.02311, appendix B).
-        """
-        groups = self.parameters_by_group()
-        matrices = groups["attention"] + groups["feed_forward"] + groups["output_head"]
-        return 2 * matrices + 4 * self.n_layers * self.d_model * context
+    def __len__(self) -> int:
+        return len(self.d_model)
 
-    def prefill_flops_per_token(self, in_tokens: int) -> float:
-        """Mean FLOPs per token of reading ``in_tokens`` tokens at once, up to the logits of the last token alone.
+    def __getitem__(self, index: int) -> Shape:
+        sizes = {field: int(getattr(self, field)[index]) for field in SIZES}
+        return Shape(**sizes, tied=bool(self.tied[index]), norm=self.norm)
 
-        A token attends to (in_tokens + 1) / 2 tokens on average, itself among them.
-        """
-        if in_tokens < 1:
-            raise ValueError(f"in_tokens is {in_tokens}; give a whole number of at least 1")
-        head = 2 * self.parameters_by_group()["output_head"]
-        return self.decode_flops_per_token((in_tokens + 1) / 2) - head + head / in_tokens
+    def where(self, mask: np.ndarray) -> Shapes:
+        """Those that a boolean array, or an array of positions, picks."""
+        picked = {field: getattr(self, field)[mask] for field in (*SIZES, "tied")}
+        return Shapes(**picked, norm=self.norm)
+
+    @property
+    def head_size(self) -> Array:
+        return self.d_model / self.n_heads
 
 
-def _known(bits: int) -> int:
+def candidates(
+    max_params: float,
+    *,
+    tolerance: float = 1.0,
+    count: Convention = "total",
+    depths: Sequence[int] = range(1, 129),
+    width_multiple: int = 128,
+    head_sizes: Sequence[int] = (128, 64),
+    n_heads: int | None = None,
+    queries_per_kv_head: Sequence[int] = (1,),
+    d_ff_ratios: Sequence[float | None] = (None,),
+    vocab: int = GPT_NEOX_VOCABULARY,
+    tied: bool = False,
+) -> Shapes:
+    """Every shape of (1 - ``tolerance``) ``max_params`` to ``max_params`` parameters, by ``count``, within these constraints.
+
+    Widths are multiples of ``width_multiple``. The heads of a width have the first of ``head_sizes`` that divides it;
+    with ``n_heads`` they are that many, of any even size. Each head of keys and values serves one of
+    ``queries_per_kv_head`` heads: 1 is MHA, more is GQA. A feed-forward layer is one of ``d_ff_ratios`` times as wide as
+    the model, rounded to 64; None is Open-LM's rule (`swiglu_width`). Ordered by depth, then width. Raises ``ValueError``
+    for constraints that make no sense, and where no shape is left, with the size of the smallest.
+    """
+    for name, numbers in (("depths", depths), ("head_sizes", head_sizes), ("queries_per_kv_head", queries_per_kv_head)):
+        if not len(numbers) or min(numbers) < 1:
+            raise ValueError(f"{name} is {list(numbers)}; give whole numbers of at least 1")
+    if min(width_multiple, vocab, n_heads or 1) < 1 or any(ratio is not None and not ratio > 0 for ratio in d_ff_ratios):
+        raise ValueError("width_multiple, n_heads, vocab and the ratios of d_ff must be above zero")
+    if not (0 < max_params < np.inf and 0 <= tolerance <= 1):
+        raise ValueError(
+            f"{max_params:.4g} parameters with a tolerance of {tolerance:.4g} is no budget; give a finite number above zero, "
+            "and from 0 to 1"
+        )
+    min_params = (1 - tolerance) * max_params
+    # a layer's attention alone has 2 d^2 parameters or more
+    widest = max(width_multiple, int(np.sqrt(max_params / 2)))
+    rows = []
+    for width in range(width_multiple, widest + 1, width_multiple):
+        sizes = [width // n_heads] if n_heads and width % (2 * n_heads) == 0 else []
+        heads = width // next((size for size in (sizes if n_heads else head_sizes) if width % size == 0), width + 1)
+        for queries in (q for q in queries_per_kv_head if heads and heads % q == 0):
+            for ratio in d_ff_ratios:
+                d_ff = swiglu_width(width) if ratio is None else 64 * max(1, round(ratio * width / 64))
+                rows.append((width, heads, heads // queries, d_ff))
+    if not rows:
+        raise ValueError("no width has heads of that size or number; give others, or another width_multiple")
+    by_width, layers = np.array(list(dict.fromkeys(rows)), dtype=float), np.array(sorted(set(depths)), dtype=float)
+    d_model, heads_, kv_heads, d_ff_ = np.tile(by_width.T, len(layers))
+    every = Shapes(
+        d_model=d_model,
+        n_layers=np.repeat(layers, len(by_width)),
+        n_heads=heads_,
+        n_kv_heads=kv_heads,
+        d_ff=d_ff_,
+        vocab=np.full(len(d_model), float(vocab)),
+        tied=np.full(len(d_model), tied),
+    )
+    n_params = every.n_params(count)
+    within = (n_params >= min_params) & (n_params <= max_params)
+    if not within.any():
+        nearest = int(np.abs(np.log(n_params / np.clip(n_params, min_params, max_params))).argmin())
+        budget = f"{min_params:.4g} to {max_params:.4g}" if min_params else f"{max_params:.4g} or fewer"
+        raise ValueError(
+            f"no shape has {budget} parameters ({count}): under these constraints the nearest, {every[nearest]}, "
+            f"has {n_params[nearest]:.4g}; change the budget or the constraints"
+        )
+    return every.where(within)
+
+
+def _bytes(numbers: Number, bits: int) -> Number:
+    """Of so many numbers; of one shape in whole bytes, of arrays not rounded, for optimizers take their slopes."""
     if bits not in BITS:
         raise ValueError(f"{bits!r} bits are not counted; choose one of {', '.join(map(str, BITS))}")
-    return bits
+    return numbers * bits // 8 if isinstance(numbers, int) else numbers * bits / 8
 
 
 @cache

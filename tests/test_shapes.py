@@ -1,12 +1,23 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from morphlib.shapes import BITS, CONVENTIONS, Shape, default_heads, paper_shapes, plain_swiglu_width, swiglu_width
+from morphlib.shapes import (
+    BITS,
+    CONVENTIONS,
+    Shape,
+    Shapes,
+    candidates,
+    default_heads,
+    paper_shapes,
+    plain_swiglu_width,
+    swiglu_width,
+)
 
 
 @st.composite
@@ -182,3 +193,66 @@ def test_attention_kinds():
 def test_what_cannot_be_counted_says_what_to_give(wrong):
     with pytest.raises(ValueError, match=r"choose one of|give a whole number"):
         wrong(Shape.parse("2x128"))
+
+
+@given(st.lists(shapes(), min_size=1, max_size=5), st.sampled_from(CONVENTIONS), st.sampled_from(BITS))
+def test_many_shapes_count_as_each_of_them(several, convention, bits):
+    many = Shapes.of(several)
+    assert len(many) == len(several) and [many[i] for i in range(len(many))] == several
+    for i, shape in enumerate(several):
+        assert many.n_params(convention)[i] == shape.n_params(convention)
+        assert many.weight_bytes(bits)[i] // 1 == shape.weight_bytes(bits)
+        assert many.kv_bytes_per_token(bits)[i] // 1 == shape.kv_bytes_per_token(bits)
+        assert many.prefill_flops_per_token(100)[i] == shape.prefill_flops_per_token(100)
+        assert many.aspect_ratio[i] == shape.aspect_ratio
+    picked = many.where(np.array([True] * len(many)))
+    assert [picked[i] for i in range(len(picked))] == several
+
+
+@given(
+    st.integers(20, 3000).map(lambda millions: 1e6 * millions),
+    st.sampled_from(CONVENTIONS),
+    st.sampled_from([64, 128, 192]),
+    st.sampled_from([(1,), (1, 4), (8,)]),
+    st.sampled_from([(None,), (4.0, None), (2.5,)]),
+    st.booleans(),
+)
+def test_candidates_are_shapes_within_the_budget(budget, count, multiple, queries, ratios, tied):
+    rules = {"width_multiple": multiple, "queries_per_kv_head": queries, "d_ff_ratios": ratios, "tied": tied}
+    try:
+        found = candidates(budget, count=count, tolerance=0.5, depths=range(2, 40, 3), vocab=1000, **rules)
+    except ValueError as error:
+        assert "the nearest" in str(error)
+        return
+    built = [found[i] for i in range(len(found))]
+    assert len(set(built)) == len(built)
+    for shape in built[:: max(1, len(built) // 50)]:
+        assert budget / 2 <= shape.n_params(count) <= budget
+        assert shape.d_model % multiple == 0 and shape.head_size in (64, 128)
+        assert shape.n_heads // shape.n_kv_heads in queries
+        assert shape.d_ff == swiglu_width(shape.d_model) or any(
+            ratio and abs(shape.d_ff - ratio * shape.d_model) <= 32 for ratio in ratios
+        )
+
+
+@pytest.mark.parametrize(
+    ("budget", "rules", "message"),
+    [
+        (1000, {}, "no shape has 1000 or fewer parameters .total.: under these constraints the nearest, 1x128"),
+        (float("nan"), {}, "is no budget"),
+        (1e9, {"tolerance": -0.1}, "is no budget"),
+        (1e9, {"depths": []}, "depths is"),
+        (1e9, {"head_sizes": (0,)}, "head_sizes is"),
+        (1e9, {"head_sizes": (96,), "width_multiple": 100_000}, "no width has heads of that size"),
+        (1e9, {"d_ff_ratios": (0.0,)}, "must be above zero"),
+        (1e9, {"n_heads": 7, "depths": [4], "tolerance": 0.0}, "no shape has 1e.09 to 1e.09"),
+    ],
+)
+def test_constraints_that_leave_no_candidate(budget, rules, message):
+    with pytest.raises(ValueError, match=message):
+        candidates(budget, **rules)
+
+
+def test_shapes_of_different_norms_are_not_mixed():
+    with pytest.raises(ValueError, match="different norms"):
+        Shapes.of([Shape.of(128, 2), Shape.of(128, 2, norm="rms_norm")])

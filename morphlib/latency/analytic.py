@@ -29,11 +29,11 @@ scaling transformer inference, arXiv 2211.05102, section 2; constants: ``data/RE
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import product
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -45,12 +45,26 @@ from morphlib.errors import InputError
 from morphlib.latency import hardware
 from morphlib.latency.hardware import Estimate, Hardware
 from morphlib.laws import Array
-from morphlib.shapes import Bits, Shape
+from morphlib.shapes import Bits, Shape, Shapes
 
 Mode = Literal["eager", "compiled", "graph"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+Time = Literal["ttft_s", "tpot_s", "e2e_s"]
 End = Literal["low", "value", "high"]
 ENDS: tuple[End, ...] = get_args(End)
+
+# constants that shorten a time where they are large; the others lengthen it
+RATES = ("memory_bandwidth_bytes_per_s", "peak_flops_per_s", "bandwidth_share", "compute_share", "low_bit_bandwidth")
+# constants that move together when all combinations of their ends are tried, those of the datasheet first
+GROUPS = (
+    RATES[:2],
+    ("bandwidth_share", "low_bit_bandwidth"),
+    ("compute_share",),
+    ("kernel_cycles",),
+    ("host_launch_s",),
+    ("step_s", "step_graph_s"),
+    ("fused_kernels",),
+)
 
 # transformers appends to the cache by concatenation: read, written, and read again by the attention
 EAGER_CACHE_PASSES = 3
@@ -61,17 +75,56 @@ CPU_COLUMNS = ("shape", "engine", "dtype", "batch", "in_tokens", "out_tokens", *
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Breakdown:
-    """The seconds of a step, which add up: ``bytes_s`` for products and streaming, ``kernels_s`` for the fixed cost
-    of kernels, ``launch_s`` for the host where it is late, and ``constant_s``."""
+class Workload:
+    """What is generated, and in which numbers: ``out_tokens`` for each of ``batch`` prompts of ``in_tokens`` tokens.
 
-    bytes_s: float
-    kernels_s: float
-    launch_s: float
-    constant_s: float
+    ``architecture`` names the code that runs the shape, a row of `operations`; ``latent_width`` is the numbers cached
+    per token and layer with multi-head latent attention; ``kv_bits`` is 16 unless given, or 32 with 32-bit weights.
+    Raises ``InputError`` for numbers below 1 and an architecture whose operations nobody counted.
+    """
+
+    batch: int = 1
+    in_tokens: int = 128
+    out_tokens: int = 256
+    weight_bits: Bits = 16
+    kv_bits: Bits | None = None
+    architecture: str = "open_lm"
+    latent_width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "in_tokens", "out_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a whole number of at least 1")
+        if self.architecture not in _table("operations").index:
+            known = ", ".join(_table("operations").index)
+            raise InputError(f"the operations of {self.architecture!r} are not counted; choose one of {known}")
 
     @property
-    def total_s(self) -> float:
+    def number_bits(self) -> Bits:
+        """Bits of an activation, whatever the weights are stored in."""
+        return 32 if self.weight_bits == 32 else 16
+
+    def cache_bytes_per_token(self, shape: Shape | Shapes) -> Any:
+        """Of all sequences."""
+        return self.batch * shape.kv_bytes_per_token(self.kv_bits or self.number_bits, self.latent_width)
+
+    def memory_bytes(self, shape: Shape | Shapes) -> Any:
+        """Of the weights, and of the cache when the last token is written; of one shape, or of each of n."""
+        return shape.weight_bytes(self.weight_bits) + self.cache_bytes_per_token(shape) * (self.in_tokens + self.out_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Breakdown:
+    """The seconds of a step, which add up: ``bytes_s`` for products and streaming, ``kernels_s`` for the fixed cost
+    of kernels, ``launch_s`` for the host where it is late, and ``constant_s``. Numbers, or arrays that broadcast."""
+
+    bytes_s: Any
+    kernels_s: Any
+    launch_s: Any
+    constant_s: Any
+
+    @property
+    def total_s(self) -> Any:
         return self.bytes_s + self.kernels_s + self.launch_s + self.constant_s
 
 
@@ -110,20 +163,132 @@ class Score:
 class _Work(NamedTuple):
     """What a step does: bytes of matrices and cache, bytes of elementwise traffic, FLOPs, kernels, dispatches."""
 
-    matrix_bytes: float
-    vector_bytes: float
-    flops: float
-    kernels: float
-    operations: float
+    matrix_bytes: Any
+    vector_bytes: Any
+    flops: Any
+    kernels: Any
+    operations: Any
 
     def seconds(
-        self, bytes_per_s: float, flops_per_s: float, kernel_s: float, launch_s: float, constant_s: float, overlaps: bool = True
+        self, bytes_per_s: Any, flops_per_s: Any, kernel_s: Any, launch_s: Any, constant_s: Any, overlaps: bool = True
     ) -> Breakdown:
-        products_s = math.hypot(self.matrix_bytes / bytes_per_s, self.flops / flops_per_s)
+        products_s = np.hypot(self.matrix_bytes / bytes_per_s, self.flops / flops_per_s)
         bytes_s, kernels_s = products_s + self.vector_bytes / bytes_per_s, self.kernels * kernel_s
         host_s = self.operations * launch_s
-        late_s = max(0.0, host_s - bytes_s - kernels_s) if overlaps else host_s
+        late_s = np.maximum(0.0, host_s - bytes_s - kernels_s) if overlaps else host_s
         return Breakdown(bytes_s=bytes_s, kernels_s=kernels_s, launch_s=late_s, constant_s=constant_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A machine and a mode with all that a prediction needs, each number an `Estimate`; ``of`` makes one.
+
+    The constants belong to the machine, not to a shape. So each method takes one set of them for all shapes, and what
+    is said of two shapes with the same sets can be compared without the uncertainty that they share.
+    """
+
+    device: Hardware
+    mode: Mode
+    known: Mapping[str, Estimate]
+
+    @classmethod
+    def of(
+        cls,
+        gpu: str | Hardware = "A100-40GB",
+        mode: Mode = "eager",
+        *,
+        weight_bits: Bits = 16,
+        host_launch_s: Estimate | None = None,
+        constants: Mapping[str, Estimate] | None = None,
+    ) -> Model:
+        """The model of a machine; arguments and errors as `predict`."""
+        if mode not in MODES:
+            raise InputError(f"{mode!r} is not a mode; choose one of {', '.join(MODES)}")
+        device = gpu if isinstance(gpu, Hardware) else hardware.get(gpu, weight_bits)
+        if weight_bits == 32 and not device.measured:
+            raise InputError(f"the peak of {device.name} is that of 16 bits; take 16, 8 or 4 bits, or calibrate a machine")
+        known = {**(constants or fitted_constants())}
+        known["host_launch_s"] = host_launch_s or device.launch_s or known["host_launch_s"]
+        known |= {name: getattr(device, name) for name in ("memory_bandwidth_bytes_per_s", "peak_flops_per_s")}
+        return cls(device, mode, known)
+
+    def at(self, end: End) -> dict[str, float]:
+        """One set of constants: all at their values, all at their best (``low``, the times are shortest) or worst."""
+        other: dict[End, End] = {"low": "high", "value": "value", "high": "low"}
+        return {name: getattr(known, other[end] if name in RATES else end) for name, known in self.known.items()}
+
+    def combinations(self) -> dict[str, Array]:
+        """Sets of constants, each of shape (k, 1): the values, and every combination of the ends of seven groups.
+
+        The datasheet's numbers are one group and stand at their value as well.
+        """
+        corners = [("value",) * len(GROUPS), *product(("value", "low", "high"), *[("low", "high")] * (len(GROUPS) - 1))]
+        return {
+            name: np.array([[getattr(self.known[name], ends[place])] for ends in corners])
+            for place, names in enumerate(GROUPS)
+            for name in names
+        }
+
+    def drawn(self, n_draws: int, rng: np.random.Generator) -> dict[str, Array]:
+        """Random sets of constants, each of shape (n_draws, 1), independent of each other.
+
+        An interval is taken as 95 % of a normal distribution with a scale of its own on either side of the value.
+        """
+        drawn = {}
+        for name, known in self.known.items():
+            z = rng.standard_normal((n_draws, 1)) / 1.96
+            number = known.value + np.where(z > 0, z * (known.high - known.value), z * (known.value - known.low))
+            drawn[name] = np.maximum(number, 1e-3 * known.value)
+        return drawn
+
+    def steps(self, shape: Shape | Shapes, work: Workload, at: Mapping[str, Any]) -> tuple[Breakdown, Breakdown]:
+        """The prefill and a mean step of decoding with the constants ``at``; broadcast over their sets and the shapes."""
+        bytes_per_s, flops_per_s = at["memory_bandwidth_bytes_per_s"], at["peak_flops_per_s"]
+        if not self.device.measured:
+            bytes_per_s, flops_per_s = bytes_per_s * at["bandwidth_share"], flops_per_s * at["compute_share"]
+        machine = {
+            "bytes_per_s": bytes_per_s * (at["low_bit_bandwidth"] if work.weight_bits < 16 else 1.0),
+            "flops_per_s": flops_per_s,
+            "kernel_s": at["kernel_cycles"] / self.device.clock_hz if self.device.clock_hz else 0.0,
+            "launch_s": at["host_launch_s"],
+            "overlaps": self.device.clock_hz is not None,
+        }
+        dispatched, views, fused = _counts(work.architecture, shape.n_layers)
+        weight_bytes = shape.weight_bytes(work.weight_bits, "without_input_embedding")
+        context = work.in_tokens + work.out_tokens / 2  # the cache grows by one token per step: the mean over the answer
+        cache_bytes = work.cache_bytes_per_token(shape) * context
+        prefill = _Work(
+            matrix_bytes=weight_bytes,
+            vector_bytes=_vector_bytes(shape, work.batch * work.in_tokens, work.number_bits),
+            flops=work.batch * work.in_tokens * shape.prefill_flops_per_token(work.in_tokens),
+            kernels=dispatched,
+            operations=dispatched + views,
+        )
+        decode = prefill._replace(
+            matrix_bytes=weight_bytes + cache_bytes * (EAGER_CACHE_PASSES if self.mode == "eager" else 1),
+            vector_bytes=_vector_bytes(shape, work.batch, work.number_bits),
+            flops=work.batch * shape.decode_flops_per_token(context),
+        )
+        if self.mode != "eager":
+            kernels = fused * at["fused_kernels"]
+            decode = decode._replace(kernels=kernels, operations=kernels * (self.mode == "compiled"))
+        constant_s = at["step_graph_s" if self.mode == "graph" else "step_s"]
+        return prefill.seconds(**machine, constant_s=at["step_s"]), decode.seconds(**machine, constant_s=constant_s)
+
+    def times(self, shape: Shape | Shapes, work: Workload, at: Mapping[str, Any]) -> dict[Time, Any]:
+        """TTFT, TPOT and E2E in seconds; broadcast as ``steps``: shape (k, n) for k sets of constants and n shapes."""
+        prefill, decode = (step.total_s for step in self.steps(shape, work, at))
+        return {"ttft_s": prefill, "tpot_s": decode, "e2e_s": prefill + (work.out_tokens - 1) * decode}
+
+    def check_room(self, shape: Shape, work: Workload) -> None:
+        """Raise ``InputError`` where weights and cache do not fit the device."""
+        try:
+            needed = work.memory_bytes(shape)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if needed > (memory := self.device.memory_bytes):
+            room = f"{needed / 1e9:.1f} GB of weights and cache do not fit the {memory / 1e9:.0f} GB of {self.device.name}"
+            raise InputError(f"{shape}: {room}; take fewer bits, a smaller batch or shorter texts")
 
 
 def predict(
@@ -131,112 +296,77 @@ def predict(
     gpu: str | Hardware = "A100-40GB",
     mode: Mode = "eager",
     *,
-    batch: int = 1,
-    in_tokens: int = 128,
-    out_tokens: int = 256,
-    weight_bits: Bits = 16,
-    kv_bits: Bits | None = None,
-    architecture: str = "open_lm",
-    latent_width: int | None = None,
     host_launch_s: Estimate | None = None,
     constants: Mapping[str, Estimate] | None = None,
+    **workload: Any,
 ) -> Prediction:
-    """The latency of generating ``out_tokens`` for each of ``batch`` prompts of ``in_tokens`` tokens.
+    """The latency of a workload, whose fields are those of `Workload`.
 
-    ``architecture`` names the code that runs the shape, a row of `operations`; ``latent_width`` is the numbers cached
-    per token and layer with multi-head latent attention; ``kv_bits`` is 16 unless given, or 32 with 32-bit weights.
     ``host_launch_s`` is the host's time per operation: unless given, that of this machine where it was calibrated,
-    else the one of ``constants``, which are `fitted_constants` unless given. E2E = TTFT + (out_tokens - 1) TPOT.
-    At the ends of an interval every constant and every specification is at its best or worst. Raises ``InputError``
-    for unknown names, numbers below 1, 32-bit weights on a GPU whose datasheet is of 16, and where weights and cache
-    do not fit the device.
+    else the one of ``constants``, which are `fitted_constants` unless given. At the ends of an interval every constant
+    and every specification is at its best or worst. Raises ``InputError`` for unknown names, numbers below 1, 32-bit
+    weights on a GPU whose datasheet is of 16, and where weights and cache do not fit the device.
     """
-    for name, number in (("batch", batch), ("in_tokens", in_tokens), ("out_tokens", out_tokens)):
-        if number < 1:
-            raise InputError(f"{name} is {number}; give a whole number of at least 1")
-    if mode not in MODES:
-        raise InputError(f"{mode!r} is not a mode; choose one of {', '.join(MODES)}")
-    device = gpu if isinstance(gpu, Hardware) else hardware.get(gpu, weight_bits)
-    known = constants or fitted_constants()
-    known = {**known, "host_launch_s": host_launch_s or device.launch_s or known["host_launch_s"]}
-    if weight_bits == 32 and not device.measured:
-        raise InputError(f"the peak of {device.name} is that of 16 bits; take 16, 8 or 4 bits, or calibrate a machine")
-    number_bits: Bits = 32 if weight_bits == 32 else 16  # of activations, whatever the weights are stored in
-    try:
-        cache_bytes = batch * shape.kv_bytes_per_token(kv_bits or number_bits, latent_width)
-        needed = shape.weight_bytes(weight_bits) + cache_bytes * (in_tokens + out_tokens)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    if needed > device.memory_bytes:
-        room = f"{needed / 1e9:.1f} GB of weights and cache do not fit the {device.memory_bytes / 1e9:.0f} GB of {device.name}"
-        raise InputError(f"{shape}: {room}; take fewer bits, a smaller batch or shorter texts")
+    work = Workload(**workload)
+    model = Model.of(gpu, mode, weight_bits=work.weight_bits, host_launch_s=host_launch_s, constants=constants)
+    model.check_room(shape, work)
+    times = [model.times(shape, work, model.at(end)) for end in ENDS]
+    origin = f"predicted for {model.device.name}, {mode}"
 
-    dispatched, views, fused = _counts(architecture, shape.n_layers)
-    weight_bytes = shape.weight_bytes(weight_bits, "without_input_embedding")
-    context = in_tokens + out_tokens / 2  # the cache grows by one token per step: the mean over the answer
-    prefill = _Work(
-        matrix_bytes=weight_bytes,
-        vector_bytes=_vector_bytes(shape, batch * in_tokens, number_bits),
-        flops=batch * in_tokens * shape.prefill_flops_per_token(in_tokens),
-        kernels=dispatched,
-        operations=dispatched + views,
-    )
-    decode = prefill._replace(
-        matrix_bytes=weight_bytes + cache_bytes * context * (EAGER_CACHE_PASSES if mode == "eager" else 1),
-        vector_bytes=_vector_bytes(shape, batch, number_bits),
-        flops=batch * shape.decode_flops_per_token(context),
-    )
+    def estimate(low: float, value: float, high: float) -> Estimate:
+        # two ends can be the same sum, added in another order
+        return Estimate(float(value), float(min(low, value, high)), float(max(low, value, high)), origin)
 
-    def steps(end: End) -> tuple[Breakdown, Breakdown]:
-        machine = _machine(device, known, end, mode, weight_bits)
-        kernels = fused * getattr(known["fused_kernels"], end)
-        later = decode if mode == "eager" else decode._replace(kernels=kernels, operations=kernels * (mode == "compiled"))
-        return prefill.seconds(**machine | {"constant_s": getattr(known["step_s"], end)}), later.seconds(**machine)
-
-    first, later = steps("value")
-    times = {end: [step.total_s for step in steps(end)] for end in ENDS}
-    e2e = {end: ttft + (out_tokens - 1) * tpot for end, (ttft, tpot) in times.items()}
-
-    def estimate(of: Callable[[End], float]) -> Estimate:
-        ends = [of(end) for end in ENDS]  # two ends can be the same sum, added in another order
-        return Estimate(of("value"), min(ends), max(ends), f"predicted for {device.name}, {mode}")
-
+    tokens = work.batch * work.out_tokens
+    prefill, decode = model.steps(shape, work, model.at("value"))
     return Prediction(
         shape=shape,
-        gpu=device.name,
+        gpu=model.device.name,
         mode=mode,
-        ttft_s=estimate(lambda end: times[end][0]),
-        tpot_s=estimate(lambda end: times[end][1]),
-        e2e_s=estimate(lambda end: e2e[end]),
-        throughput_tokens_per_s=estimate(lambda end: batch * out_tokens / e2e[end]),
-        decode_step=later,
-        prefill_step=first,
+        ttft_s=estimate(*(at["ttft_s"] for at in times)),
+        tpot_s=estimate(*(at["tpot_s"] for at in times)),
+        e2e_s=estimate(*(at["e2e_s"] for at in times)),
+        throughput_tokens_per_s=estimate(*(tokens / at["e2e_s"] for at in times)),
+        decode_step=decode,
+        prefill_step=prefill,
     )
 
 
-def _vector_bytes(shape: Shape, tokens: float, bits: int) -> float:
+def ratio(
+    first: Shape,
+    second: Shape,
+    gpu: str | Hardware = "A100-40GB",
+    mode: Mode = "eager",
+    time: Time = "e2e_s",
+    *,
+    second_architecture: str | None = None,
+    **workload: Any,
+) -> Estimate:
+    """A predicted time of the first shape over that of the second on one machine: every constant is the same for both.
+
+    The interval runs over all combinations of the ends of the constants (``Model.combinations``), so it is narrower
+    than what the two intervals would allow. Errors as `predict`.
+    """
+    works = [
+        Workload(**workload),
+        Workload(**workload | ({"architecture": second_architecture} if second_architecture else {})),
+    ]
+    model = Model.of(gpu, mode, weight_bits=works[0].weight_bits)
+    times = []
+    for shape, work in zip((first, second), works, strict=True):
+        model.check_room(shape, work)
+        times.append(model.times(shape, work, model.combinations())[time])
+    ratios = (times[0] / times[1]).ravel()
+    return Estimate(float(ratios[0]), float(ratios.min()), float(ratios.max()), f"predicted for {model.device.name}, {mode}")
+
+
+def _vector_bytes(shape: Shape | Shapes, tokens: float, bits: int) -> Any:
     """Bytes that the layers move besides matrices and cache: what goes into and out of their kernels.
 
     Per layer, of the width: two norms 4, queries, keys and values 4, rotation 4, output 2, up 1, down 1, two sums 6;
     of the feed-forward's: up 2, gate 3, down 1.
     """
     return shape.n_layers * tokens * (22 * shape.d_model + 6 * shape.d_ff) * bits / 8
-
-
-def _machine(device: Hardware, known: Mapping[str, Estimate], end: End, mode: Mode, weight_bits: int) -> dict[str, Any]:
-    """The arguments of `_Work.seconds` with which a step is slowest (``high``), fastest (``low``), or most likely."""
-    other: dict[End, End] = {"low": "high", "value": "value", "high": "low"}
-    rates = {name: getattr(estimate, other[end]) for name, estimate in known.items()}
-    shares = (1.0, 1.0) if device.measured else (rates["bandwidth_share"], rates["compute_share"])
-    low_bit = rates["low_bit_bandwidth"] if weight_bits < 16 else 1.0
-    return {
-        "bytes_per_s": getattr(device.memory_bandwidth_bytes_per_s, other[end]) * shares[0] * low_bit,
-        "flops_per_s": getattr(device.peak_flops_per_s, other[end]) * shares[1],
-        "kernel_s": getattr(known["kernel_cycles"], end) / device.clock_hz if device.clock_hz else 0.0,
-        "launch_s": getattr(known["host_launch_s"], end),
-        "constant_s": getattr(known["step_graph_s" if mode == "graph" else "step_s"], end),
-        "overlaps": device.clock_hz is not None,
-    }
 
 
 @cache
@@ -261,13 +391,10 @@ def operations() -> pd.DataFrame:
     return _table("operations").copy()
 
 
-def _counts(architecture: str, n_layers: int) -> list[float]:
-    """Operations, views and fused kernels of a step."""
-    table = _table("operations")
-    if architecture not in table.index:
-        raise InputError(f"the operations of {architecture!r} are not counted; choose one of {', '.join(table.index)}")
-    row = table.loc[architecture].to_dict()
-    return [float(n_layers * row[f"{kind}_per_layer"] + row[f"{kind}_outside"]) for kind in ("operations", "views", "fused")]
+def _counts(architecture: str, n_layers: Any) -> list[Any]:
+    """Operations, views and fused kernels of a step, for one depth or many."""
+    row = _table("operations").loc[architecture].to_dict()
+    return [n_layers * row[f"{kind}_per_layer"] + row[f"{kind}_outside"] for kind in ("operations", "views", "fused")]
 
 
 # --- fits -------------------------------------------------------------------------------------------------------

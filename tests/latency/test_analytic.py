@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from morphlib.errors import InputError
 from morphlib.latency import analytic
 from morphlib.latency.analytic import MODES, fit_cpu, predict, predict_cpu
 from morphlib.latency.hardware import GPUS, Estimate, Hardware
-from morphlib.shapes import Shape
+from morphlib.shapes import Shape, Shapes
 
 LLAMA_2_7B = Shape.parse("32x4096/32h/32kv/11008ff/32000v")
 DEEP, MIDDLE, SHALLOW = (Shape.parse(text) for text in ("24x2048", "16x2560", "12x3072"))
@@ -62,6 +63,54 @@ def test_an_intervals_ends_are_what_its_constants_ends_say():
     # the datasheet's own two per cent are left
     assert worst.e2e_s.high == pytest.approx(predict(DEEP, "H100", "compiled").e2e_s.high)
     assert worst.e2e_s.value == pytest.approx(worst.e2e_s.high, rel=0.02)
+
+
+def test_many_shapes_and_sets_of_constants_are_each_of_them():
+    model, work = analytic.Model.of("H100", "compiled"), analytic.Workload(batch=3, in_tokens=500, out_tokens=40)
+    shapes = [DEEP, MIDDLE, SHALLOW]
+    sets = model.combinations()
+    together = model.times(Shapes.of(shapes), work, sets)
+    assert together["e2e_s"].shape == (1 + 3 * 2**6, 3)
+    for i, shape in enumerate(shapes):
+        said = predict(shape, "H100", "compiled", batch=3, in_tokens=500, out_tokens=40)
+        for name in ("ttft_s", "tpot_s", "e2e_s"):
+            estimate = getattr(said, name)
+            assert together[name][0, i] == pytest.approx(estimate.value)
+            # all at their best and all at their worst are among the combinations, and nothing lies beyond them
+            assert together[name][:, i].min() == pytest.approx(estimate.low)
+            assert together[name][:, i].max() == pytest.approx(estimate.high)
+
+
+def test_a_ratio_is_that_of_two_predictions_with_the_same_constants():
+    """Against one prediction after the other with constants held at their ends."""
+    known = analytic.fitted_constants()
+    varied = ("kernel_cycles", "host_launch_s", "step_s", "bandwidth_share")
+    found = []
+    for ends in product(("low", "high"), repeat=len(varied)):
+        held = {name: Estimate(*[getattr(known[name], end)] * 3) for name, end in zip(varied, ends, strict=True)}
+        times = [predict(shape, "A100-40GB", constants={**known, **held}).e2e_s.value for shape in (SHALLOW, DEEP)]
+        found.append(times[0] / times[1])
+    ratio = analytic.ratio(SHALLOW, DEEP, "A100-40GB")
+    assert ratio.value == pytest.approx(predict(SHALLOW, "A100-40GB").e2e_s.value / predict(DEEP, "A100-40GB").e2e_s.value)
+    assert ratio.low <= min(found) and max(found) <= ratio.high
+    apart = [predict(shape, "A100-40GB").e2e_s for shape in (SHALLOW, DEEP)]
+    assert apart[0].low / apart[1].high < ratio.low and ratio.high < apart[0].high / apart[1].low
+    assert analytic.ratio(SHALLOW, SHALLOW, "H100", "graph") == Estimate(1.0, 1.0, 1.0, "predicted for H100, graph")
+    other = analytic.ratio(SHALLOW, SHALLOW, architecture="opt", second_architecture="gpt_neo")
+    assert other.high < 1  # GPT-Neo dispatches more
+    with pytest.raises(InputError, match="do not fit"):
+        analytic.ratio(SHALLOW, DEEP, batch=10_000)
+
+
+def test_drawn_constants_have_the_interval_they_are_said_to_have():
+    model = analytic.Model.of("A100-40GB")
+    n = 40_000
+    for name, drawn in model.drawn(n, np.random.default_rng(0)).items():
+        known = model.known[name]
+        inside = ((known.low <= drawn) & (drawn <= known.high)).mean()
+        # 95 %, and three standard deviations of a share of n draws
+        assert abs(inside - 0.95) < 3 * np.sqrt(0.95 * 0.05 / n) or known.low == known.high, name
+        assert (drawn > 0).all()
 
 
 def test_by_bytes_alone_the_shallow_shape_is_the_slower_and_by_launches_the_faster():
@@ -260,7 +309,7 @@ def test_predicting_loads_neither_torch_nor_transformers():
     code = """
 import sys
 from morphlib.latency import analytic
-from morphlib.shapes import Shape
+from morphlib.shapes import Shape, Shapes
 analytic.predict(Shape.parse("12x3072"))
 assert not {"torch", "transformers", "statsmodels"} & set(sys.modules)
 """

@@ -1,0 +1,453 @@
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from morphlib import diagnostics, fitting, laws, runs, selection, uncertainty
+from morphlib.errors import InputError
+from morphlib.latency.analytic import Model, Workload
+from morphlib.selection import Caps, Predicted, Tabled, lifetime, optimum, predict_rank_select, select, to_train, undominated
+from morphlib.shapes import Shape, Shapes, candidates, paper_shapes
+from test_cli import morph, refuse_constant
+
+BUDGET = {"params": 1.66e9, "tokens": 29e9}
+
+
+@pytest.fixture(scope="module")
+def fit(paper):
+    return fitting.fit(paper, laws.get("inference-aware"))
+
+
+@pytest.fixture(scope="module")
+def refits(paper, fit):
+    return uncertainty.bootstrap(paper, fit, 400, cluster="name").values
+
+
+@pytest.fixture(scope="module")
+def on_a100():
+    return Predicted(candidates(1.7e9), Model.of("A100-40GB"))
+
+
+def fine_grid(step_width=16, layers=range(4, 65)):
+    """Shapes whose feed-forward layer is exactly 8 / 3 of the width: what a continuous width is a limit of."""
+    widths = np.arange(512, 6000, step_width, dtype=float)
+    d_model, n_layers = (a.ravel() for a in np.meshgrid(widths, np.array(layers, dtype=float)))
+    ones = np.ones(len(d_model))
+    return Shapes(
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=ones,
+        n_kv_heads=ones,
+        d_ff=d_model * 8 / 3,
+        vocab=50432 * ones,
+        tied=np.zeros(len(d_model), dtype=bool),
+    )
+
+
+@pytest.mark.parametrize("gpu", ["A100-40GB", "H100"])
+@pytest.mark.parametrize(
+    ("mode", "latency_s", "law"),
+    [
+        ("eager", 1.9, "inference-aware"),
+        ("eager", 3.0, "inference-aware"),
+        ("graph", 0.4, "inference-aware"),
+        ("graph", 2.0, "chinchilla+log-quadratic"),
+        ("compiled", 0.9, "width-depth"),
+    ],
+)
+def test_the_continuous_optimum_and_the_exact_one_agree_within_the_grid(paper, gpu, mode, latency_s, law):
+    fit = fitting.fit(paper, laws.get(law))
+    latencies = Predicted(fine_grid(), Model.of(gpu, mode))
+    caps = Caps(**BUDGET, latency_s=latency_s)
+    found = select(paper, fit, latencies, caps)
+    best, exact = found.optimum, found.candidates.iloc[0]
+    # whole depths and widths can only be worse, by no more than the corner of the grid's cell that meets the caps
+    assert best.loss <= exact["loss"] + 1e-9
+    ranges = selection.fitted_ranges(paper, fit)
+    cell = latencies.shapes.where(
+        (np.abs(latencies.shapes.n_layers - best.n_layers) < 1) & (np.abs(latencies.shapes.d_model - best.d_model) <= 16)
+    )
+    corners = selection.scored(fit, replace(latencies, shapes=cell), caps.tokens)
+    meets = (corners["n_params"] <= caps.params) & (corners["latency_s"] <= latency_s)
+    for name, column in selection.RANGES.items():
+        meets &= corners[column].between(*ranges[name])
+    worst_corner = corners["loss"].max() if not meets.any() else corners["loss"][meets].min()
+    assert exact["loss"] <= worst_corner + 1e-12
+    for limit, (column, *_) in selection.CAPPED.items():
+        assert getattr(caps, limit) >= exact[column]
+    assert best.latency_s <= latency_s * (1 + 1e-6) and best.n_params <= caps.params * (1 + 1e-6)
+
+
+def test_shadow_prices_are_the_multipliers_of_the_optimum(paper, fit, on_a100):
+    """Independent of the solver: at the optimum grad L + sum of multiplier times grad of each binding constraint is zero."""
+    caps = Caps(params=1.4e9, tokens=29e9, latency_s=2.0)
+    found = select(paper, fit, on_a100, caps)
+    assert set(found.binding_caps) == {"params", "tokens", "latency_s"}
+    best, like, h = found.optimum, found.chosen, 1e-4
+
+    def numbers(log_width, log_depth):
+        width = np.exp([log_width])
+        shape = Shapes(
+            d_model=width, n_layers=np.exp([log_depth]), n_heads=np.ones(1), n_kv_heads=np.ones(1),
+            d_ff=width * like.d_ff / like.d_model, vocab=np.array([50432.0]), tied=np.array([False]),
+        )  # fmt: skip
+        row = selection.scored(fit, Predicted(shape, on_a100.model), caps.tokens).iloc[0]
+        return np.array([row["loss"], math.log(row["n_params"]), math.log(row["latency_s"])])
+
+    x = np.log([best.d_model, best.n_layers])
+    slopes = np.stack([(numbers(*(x + step)) - numbers(*(x - step))) / (2 * h) for step in h * np.eye(2)], axis=1)
+    multipliers = np.linalg.solve(slopes[1:].T, -slopes[0])
+    assert (multipliers > 0).all()
+    prices = found.shadow_prices
+    # a price is a difference over one per cent of a cap, a multiplier the slope: they differ by the curvature over it
+    assert prices["nats_per_parameter"] * caps.params == pytest.approx(multipliers[0], rel=0.02)
+    assert prices["nats_per_ms"] * caps.latency_s * 1e3 == pytest.approx(multipliers[1], rel=0.02)
+    p, n = fit.parameters, best.n_params
+    ratio = 1 + p["epsilon"] * (best.d_model / best.n_layers) ** p["alpha"]
+    slope = p["alpha"] * p["B"] * caps.tokens ** -(p["alpha"] + 1) * ratio
+    assert prices["nats_per_token"] == pytest.approx(slope, rel=0.02)
+    assert n == pytest.approx(caps.params)
+
+
+def test_a_cap_that_does_not_bind_is_worth_nothing(paper, fit, on_a100):
+    wide = select(paper, fit, on_a100, Caps(params=1.4e9, tokens=29e9, latency_s=100.0))
+    assert "latency_s" not in wide.binding_caps and wide.shadow_prices["nats_per_ms"] == pytest.approx(0, abs=1e-9)
+    tighter = select(paper, fit, on_a100, Caps(params=1.4e9, tokens=29e9, latency_s=100.0, kv_bytes=5e7))
+    assert "kv_bytes" in tighter.binding_caps and tighter.shadow_prices["nats_per_kv_byte"] > 0
+    assert tighter.candidates["kv_bytes"].max() <= 5e7
+    assert tighter.candidates["loss"][0] > wide.candidates["loss"][0]
+
+
+def test_looser_caps_never_choose_a_worse_shape(paper, fit, on_a100):
+    losses = [
+        select(paper, fit, on_a100, Caps(params=n, tokens=d, latency_s=t)).candidates["loss"][0]
+        for n, d, t in ((8e8, 1e10, 1.5), (1.6e9, 1e10, 1.5), (1.6e9, 1e10, 2.5), (1.6e9, 4e10, 2.5))
+    ]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_every_shape_is_counted_once(paper, fit, on_a100):
+    found = select(paper, fit, on_a100, Caps(params=1.2e9, tokens=29e9, latency_s=2.5))
+    assert len(found.candidates) + sum(found.left_out.values()) == len(on_a100.shapes)
+    assert set(found.left_out) <= {"memory", "range of N", "range of R", *selection.CAPPED}
+    assert not found.candidates["extrapolated"].any()
+
+
+def test_a_law_that_falls_with_depth_recommends_nonsense_where_nobody_trained(paper, fit):
+    """Without the latency cap and the range of the runs the paper's law takes the deepest shape there is."""
+    latencies = Predicted(candidates(1.7e9), Model.of("A100-40GB", "graph"))
+    caps = Caps(params=1.7e9, tokens=29e9, latency_s=1e3)
+    inside, outside = (select(paper, fit, latencies, caps, extrapolate=more) for more in (False, True))
+    assert inside.chosen.n_layers < outside.chosen.n_layers and outside.chosen.n_layers > 50
+    assert "range of R" in inside.left_out and not any(reason.startswith("range") for reason in outside.left_out)
+    assert outside.candidates["extrapolated"][0] and outside.candidates["loss"][0] < inside.candidates["loss"][0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 1))
+def test_those_to_train_are_the_fewest_that_contain_the_best(odds, contain):
+    odds = np.array(odds)
+    picked = to_train(odds, contain)
+    total = odds.sum()
+    assert picked.any()
+    assert odds[picked].sum() >= contain * total * (1 - 1e-9)
+    fewer = np.sort(odds)[::-1][: picked.sum() - 1].sum()
+    assert picked.sum() == 1 or fewer < contain * total
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=25, unique=True))
+def test_nothing_beats_the_front_and_something_beats_the_rest(points):
+    loss, latency = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    for i, on_front in enumerate(undominated(loss, latency)):
+        beaten = ((loss <= loss[i]) & (latency <= latency[i]) & ((loss < loss[i]) | (latency < latency[i]))).any()
+        assert on_front == (not beaten)
+
+
+def three_of_the_paper(low=1.0, high=1.0):
+    rows = {"shape": ["24x2048", "16x2560", "12x3072"], "latency_s": [3.61, 2.57, 1.96], "latency_kind": "quoted"}
+    table = pd.DataFrame(rows)
+    return Tabled.of(table.assign(latency_low_s=low * table["latency_s"], latency_high_s=high * table["latency_s"]))
+
+
+def test_the_probability_of_being_best_is_that_of_the_order(paper, fit):
+    """Against `diagnostics.ordering_probability`, which knows nothing of draws of parameters."""
+    covariance = uncertainty.cluster_covariance(paper, fit, "name").matrix
+    draws = np.random.default_rng(5).multivariate_normal(fit.values, covariance, size=20_000, method="eigh")
+    noise = 0.02
+    latencies = three_of_the_paper()
+    found = select(paper, fit, latencies, Caps(**BUDGET | {"params": 1.7e9}, latency_s=5.0), parameters=draws, run_noise=True)
+    planned = pd.DataFrame(selection._numbers(fit, latencies.shapes, 29e9, latencies.work))
+    jacobian = fit.law.jacobian(fit.values, runs.variables(planned))
+    noise = selection._run_deviation(paper, fit)
+    orders = diagnostics.ordering_probability(
+        planned["loss"], jacobian @ covariance @ jacobian.T + noise**2 * np.eye(3), n_draws=20_000
+    )
+    best = {str(latencies.shapes[i]): orders.probabilities[orders.orders[:, 0] == i].sum() for i in range(3)}
+    said = found.candidates.set_index("shape")["probability_best"]
+    for shape, probability in best.items():
+        assert said[shape] == pytest.approx(probability, abs=4 * math.sqrt(0.25 / 20_000) + 0.01)
+    assert said.sum() == pytest.approx(1)
+
+
+def test_probabilities_add_up_and_regret_is_what_the_best_would_save(paper, fit, refits, on_a100):
+    found = select(paper, fit, on_a100, Caps(**BUDGET, latency_s=2.5), parameters=refits)
+    rows = found.candidates
+    assert rows["probability_best"].sum() + found.probability_none == pytest.approx(1)
+    assert (rows["expected_regret"] >= 0).all()
+    assert (rows["probability_best"] <= rows["probability_within"] + 1e-12).all()
+    assert (rows["loss_low"] <= rows["loss_high"]).all()
+    chosen = rows.iloc[0]
+    assert chosen["probability_not_worse"] == 1 and not chosen["told_apart"]
+    assert rows["train"].sum() == to_train(rows["probability_best"].to_numpy()).sum()
+    # beside a law taken for right the choice is among few, beside runs that deviate from it among many
+    noisy = select(paper, fit, on_a100, Caps(**BUDGET, latency_s=2.5), parameters=refits, run_noise=True).candidates
+    assert noisy["train"].sum() > 2 * rows["train"].sum()
+    assert (~noisy["told_apart"]).sum() > 5 * (~rows["told_apart"]).sum()
+
+
+def test_memory_in_chunks_changes_nothing_of_the_law(paper, fit, refits, on_a100, monkeypatch):
+    caps = Caps(**BUDGET, latency_s=2.5)
+    whole = select(paper, fit, on_a100, caps, parameters=refits).candidates
+    monkeypatch.setattr(selection, "CHUNK_NUMBERS", 5000)
+    parts = select(paper, fit, on_a100, caps, parameters=refits).candidates
+    pd.testing.assert_frame_equal(whole[["loss_low", "loss_high"]], parts[["loss_low", "loss_high"]])
+    tolerance = 5 * math.sqrt(0.25 / len(refits))  # other draws of the latency
+    assert np.abs(whole["probability_within"] - parts["probability_within"]).max() < tolerance
+
+
+def test_latencies_of_a_table_decide_within_their_intervals(paper, fit, refits):
+    caps = Caps(params=1.7e9, tokens=29e9, latency_s=2.6)
+    sure = select(paper, fit, three_of_the_paper(), caps, parameters=refits)
+    assert str(sure.chosen).startswith("16x2560") and sure.left_out == {"latency_s": 1}
+    assert sure.binding_caps == ("tokens", "latency_s") and sure.shadow_prices is None and sure.optimum is None
+    assert sure.candidates["latency_kind"].eq("quoted").all() and sure.probability_beyond == 0
+    unsure = select(paper, fit, three_of_the_paper(0.7, 1.5), caps, parameters=refits)
+    within = unsure.candidates.set_index("shape")["probability_within"]
+    assert 0.5 <= within.iloc[0] < within.iloc[1] < 1
+    assert unsure.probability_beyond > 0 and unsure.probability_none > 0
+
+
+def test_measured_rows_bring_their_workload_and_interval(tmp_path):
+    from morphlib.latency import timing
+
+    rows = timing.load("cpu").query("engine == 'hf-eager' and dtype == 'bf16' and batch == 1 and out_tokens == 64")
+    rows = rows.drop_duplicates("shape")
+    read = Tabled.of(rows)
+    assert len(read.shapes) == len(rows) and read.rows["latency_kind"].eq("measured").all()
+    assert read.work == Workload(batch=1, in_tokens=128, out_tokens=64)
+    assert read.rows["latency_s"].to_numpy() == pytest.approx(rows["e2e_s"].to_numpy(), rel=1e-4)
+    assert (read.rows["latency_low_s"] < read.rows["latency_high_s"]).all()
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    pd.testing.assert_frame_equal(Tabled.read(tmp_path / "rows.csv").rows, read.rows)
+    with pytest.raises(InputError, match="differ in dtype"):
+        Tabled.of(pd.concat([rows, rows.assign(dtype="fp32")]))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"shape": ["12x3072"], "latency_ms": [1960]}, "column latency_s is missing; give shape and latency_s, in seconds"),
+        ({"latency_s": [1.0]}, "column shape is missing"),
+        ({"shape": ["12x3072", "24x2048"], "latency_s": [1.0, 0.0]}, "row 3 has no latency"),
+        ({"shape": ["12x3072"], "latency_s": [math.nan]}, "row 2 has no latency"),
+        ({"shape": ["12x3072"], "latency_s": [1.0], "latency_high_s": [0.5]}, "row 2 has no latency"),
+        ({"shape": ["12x3072"], "latency_s": [1.0], "latency_kind": ["guessed"]}, "measured, quoted, predicted"),
+        ({"shape": [], "latency_s": []}, "has no rows"),
+        ({"shape": ["12by3072"], "latency_s": [1.0]}, "'12by3072' is not a shape"),
+        ({"shape": ["12x3072", "12x3072/16h"], "latency_s": [1.0, 2.0]}, "stands in several rows"),
+    ],
+)
+def test_a_table_that_holds_no_latencies(table, message):
+    with pytest.raises(InputError, match=message):
+        Tabled.of(pd.DataFrame(table))
+
+
+@pytest.mark.parametrize(
+    ("caps", "message"),
+    [
+        ({"latency_s": 0.01}, "the nearest, 2x768.*has latency_s 0.6.* where 0.01 is allowed"),
+        ({"kv_bytes": 1e5}, "has kv_bytes .* where 1e.05 is allowed"),
+        ({"tokens": 29.0}, "D of 29 is outside 1.611e.09 to 4.939e.10"),
+        ({"params": 7e7}, "no shape meets all caps: the nearest, .* has params"),
+    ],
+)
+def test_caps_that_no_shape_meets_name_the_cap_and_the_nearest_shape(paper, fit, on_a100, caps, message):
+    with pytest.raises(InputError, match=message):
+        select(paper, fit, on_a100, Caps(**BUDGET | {"latency_s": 2.5} | caps))
+
+
+def test_what_cannot_choose_a_shape_says_so(paper, fit, on_a100):
+    caps = Caps(**BUDGET, latency_s=2.5)
+    with pytest.raises(InputError, match="chinchilla has no term for the shape"):
+        select(paper, fitting.fit(paper, laws.get("chinchilla")), on_a100, caps)
+    with pytest.raises(InputError, match="the cap on tokens is nan"):
+        Caps(params=1e9, tokens=math.nan, latency_s=1.0)
+    with pytest.raises(InputError, match="do not fit the memory"):
+        select(paper, fit, replace(on_a100, work=Workload(batch=100_000)), caps)
+    with pytest.raises(InputError, match="3 bits are not counted"):
+        select(paper, fit, replace(on_a100, work=Workload(weight_bits=3)), caps)
+    for contain in (0.0, 1.5, math.nan):
+        with pytest.raises(InputError, match="above 0, at most 1"):
+            to_train(np.ones(3), contain)
+
+
+@settings(max_examples=25)
+@given(st.floats(2.6, 3.5), st.floats(0, 1e14))
+def test_lifetime_costs_solve_for_the_tokens(loss, inference_tokens):
+    paper = runs.load("paper")
+    fit = fitting.fit(paper, laws.get("inference-aware"), n_starts=2)
+    shapes = candidates(1.7e9, width_multiple=512, depths=range(4, 40, 6))
+    cost = lifetime(fit, shapes, loss, inference_tokens)
+    p, n = fit.parameters, shapes.n_params("total")
+    rest = loss / (1 + p["epsilon"] * shapes.aspect_ratio ** p["alpha"]) - p["E"] - p["A"] * n ** -p["alpha"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tokens = np.where(rest > 0, (p["B"] / rest) ** (1 / p["alpha"]), np.inf)
+    near = tokens < 1e14
+    assert cost["tokens"].to_numpy()[near] == pytest.approx(tokens[near], rel=1e-9)
+    assert np.isinf(cost["tokens"][tokens > 1e15]).all()
+    assert cost["flops"].to_numpy()[near] == pytest.approx((6 * n * tokens + 2 * n * inference_tokens)[near], rel=1e-9)
+
+
+def test_the_cheapest_life_without_inference_is_chinchillas_optimum(paper):
+    """Hoffmann et al. 2022, equation 4: with C = 6 N D the optimum has N = G (C / 6)^(beta / (alpha + beta))."""
+    fit = fitting.fit(paper, laws.get("chinchilla", "free"))
+    shapes = fine_grid(8, range(1, 41))
+    cost = lifetime(fit, shapes, 3.2, 0.0)
+    best = int(cost["flops"].argmin())
+    a, b, alpha, beta = (fit.parameters[name] for name in ("A", "B", "alpha", "beta"))
+    n = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (cost["flops"][best] / 6) ** (beta / (alpha + beta))
+    assert shapes.n_params("total")[best] == pytest.approx(n, rel=0.05)  # flat around the optimum, and of whole depths
+    served = lifetime(fit, shapes, 3.2, 1e13)
+    assert shapes.n_params("total")[int(served["flops"].argmin())] < 0.9 * n
+    with pytest.raises(InputError, match="at least zero"):
+        lifetime(fit, shapes, 3.2, -1.0)
+
+
+def test_the_method_of_the_paper_from_its_public_numbers(paper):
+    """Predict from the small runs, the printed latencies, rank, 'train' by looking the run up, release 12x3072."""
+    small = paper[paper["n_params"] < 1e9].reset_index(drop=True)
+    fit = fitting.fit(small, laws.get("inference-aware"), "fit_main")
+    names = {"24x2048": "1B_v1", "16x2560": "1B_v3", "12x3072": "1B_v8"}
+    latency_s = {"24x2048": 3.61, "16x2560": 2.57, "12x3072": 1.96}
+    shapes = Shapes.of([Shape.parse(text) for text in names])
+    asked = []
+
+    def loss_of(shape):
+        asked.append(shape)
+        return paper.set_index("name")["loss"][names[f"{shape.n_layers}x{shape.d_model}"]]
+
+    steps = {
+        "predict": lambda every: selection._numbers(fit, every, 28_991_029_248, Workload())["loss"],
+        "measure": lambda shape: latency_s[f"{shape.n_layers}x{shape.d_model}"],
+        "train": loss_of,
+        "evaluate": lambda loss: -loss,
+    }
+    study = predict_rank_select(shapes, **steps, max_latency_s=2.0)
+    assert study.released == Shape.parse("12x3072") and asked == [study.released]
+    assert study.table["within"].tolist() == [False, False, True]
+    wider = predict_rank_select(shapes, **steps, max_latency_s=4.0)
+    assert wider.released == Shape.parse("24x2048")
+    assert wider.table["rank"].tolist() == [1, 2, 3]
+    with pytest.raises(InputError, match=r"the fastest, 12x3072.*takes 1\.96 s"):
+        predict_rank_select(shapes, **steps, max_latency_s=1.0)
+
+
+def test_as_many_are_trained_as_the_draws_ask_for():
+    shapes = Shapes.of([Shape.of(128, layers) for layers in (2, 4, 6, 8)])
+    rng, lines = np.random.default_rng(0), []
+    values = np.array([3.0, 3.01, 3.02, 4.0])
+    study = predict_rank_select(
+        shapes,
+        predict=lambda every: np.vstack([values, values + 0.02 * rng.standard_normal((2000, 4))]),
+        measure=lambda shape: float(shape.n_layers),
+        train=lambda shape: shape.n_layers,
+        evaluate=float,  # the deepest scores best
+        max_latency_s=8.0,
+        progress=lines.append,
+    )
+    assert [shape.n_layers for shape in study.trained] == [2, 4, 6]
+    assert study.released.n_layers == 6
+    assert study.table["trained"].tolist() == [True, True, True, False]
+    assert lines[0].startswith("latency of 2x128") and lines[-1].startswith("training 6x128")
+
+
+def test_candidates_hold_the_papers_1b_shapes_under_their_constraints():
+    rules = {"n_heads": 16, "width_multiple": 64, "depths": range(2, 25, 2), "tolerance": 0.4}
+    found = candidates(2.13e9, **rules)
+    every = {found[i] for i in range(len(found))}
+    ours = [shape for name, shape in paper_shapes().items() if "1b_v" in name.lower()]
+    assert len(ours) == 15
+    assert set(ours) <= every
+
+
+# --- the command
+
+SELECT = ["select", "--runs", "paper", "--max-params", "1.7e9", "--max-tokens", "29e9", "--max-latency-s", "2.5"]
+
+
+def test_select_keeps_the_contract(capsys):
+    code, out, err = morph(capsys, *SELECT, "--gpu", "A100-40GB", "--mode", "eager", "--inference-tokens", "1e12", "--json")
+    result = json.loads(out, parse_constant=refuse_constant)
+    assert (code, err) == (0, "morph select: 1737 candidate shapes\n")
+    assert {"chosen", "candidates", "binding_caps", "shadow_prices", "left_out"} <= set(result)
+    wanted = {"shape", "n_params", "loss", "loss_low", "loss_high", "latency_s", "latency_kind", "probability_best"}
+    assert all(wanted <= set(row) for row in result["candidates"])
+    assert result["chosen"] == result["candidates"][0] and len(result["candidates"]) == 20
+    losses = [row["loss"] for row in result["candidates"]]
+    assert losses == sorted(losses) and all(row["latency_s"] <= 2.5 for row in result["candidates"])
+    assert result["caps"]["kv_bytes"] is None  # no cap
+    assert result["probabilities"]["not_told_apart"][0] == result["chosen"]["shape"]
+    assert result["lifetime"]["flops"] > 0 and result["n_candidates"] + sum(result["left_out"].values()) == 1737
+
+
+def test_select_says_it_in_words(capsys, tmp_path):
+    code, out, _ = morph(capsys, *SELECT, "--draws", "0", "--top", "3")
+    assert code == 0 and "binding: " in out and "P(best)" not in out
+    assert out.splitlines()[0].endswith("has the least loss that inference-aware predicts within the caps")
+    path = tmp_path / "quoted.csv"
+    path.write_text("shape,latency_s,latency_kind\n24x2048,3.61,quoted\n12x3072,1.96,quoted\n")
+    code, out, _ = morph(capsys, *SELECT, "--latencies", path, "--draws", "50")
+    assert code == 0 and out.startswith("12x3072") and "train 1 to have the best among them" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-latency-s", "0.01"], "no shape meets all caps: the nearest"),
+        (["--max-params", "1.7"], "no shape has 1.7 or fewer parameters"),
+        (["--max-params", "nan"], "'nan' is not a finite number above zero"),
+        (["--max-tokens", "29"], "outside 1.611e+09 to 4.939e+10"),
+        (["--law", "chinchilla"], "has no term for the shape"),
+        (["--gpu", "B200"], "choose one of A30"),
+        (["--mode", "fast"], "choose one of eager, compiled, graph"),
+        (["--depths", "9-3"], "is not a range"),
+        (["--tolerance", "2"], "is no budget"),
+        (["--heads", "7", "--width-multiple", "64", "--depths", "4-4", "--tolerance", "0"], "no shape has"),
+        (["--cluster", "nothing"], "no column 'nothing'"),
+        (["--latencies", "nowhere.csv"], "nowhere.csv: cannot be read"),
+        (["--contain", "0"], "above 0, at most 1"),
+        (["--runs", "nowhere.csv"], "nowhere.csv: cannot be read"),
+    ],
+)
+def test_select_refuses_in_one_line(capsys, options, message):
+    code, out, err = morph(capsys, *SELECT, *options)
+    lines = [line for line in err.splitlines() if not line.endswith("candidate shapes")]
+    assert (code, out, len(lines)) == (2, "", 1)
+    assert message in lines[0]
+
+
+def test_caps_are_what_they_were_given():
+    assert asdict(Caps(params=1, tokens=2, latency_s=3)) == {
+        "params": 1, "tokens": 2, "latency_s": 3, "kv_bytes": math.inf, "weight_bytes": math.inf
+    }  # fmt: skip
+
+
+def test_the_optimum_starts_within_the_caps(paper, fit, on_a100):
+    like = Shape.parse("12x3072")
+    found = optimum(fit, like, on_a100, Caps(params=1.67e9, tokens=29e9, latency_s=2.2), selection.fitted_ranges(paper, fit))
+    own = selection.scored(fit, Predicted(Shapes.of([like]), on_a100.model), 29e9)
+    assert found.loss <= own["loss"][0]
