@@ -187,8 +187,8 @@ def _as_latencies(rows: pd.DataFrame, where: str) -> tuple[pd.DataFrame, Workloa
     return pd.DataFrame({"shape": rows["shape"].to_numpy(), **ends}), work
 
 
-def _numbers(fit: Fit, shapes: Shapes, tokens: ArrayLike, work: Workload) -> dict[str, Array]:
-    """What is known of shapes without their latency, by the names of the columns of `scored`; arrays of shape (n,)."""
+def without_latency(fit: Fit, shapes: Shapes, tokens: ArrayLike, work: Workload) -> dict[str, Array]:
+    """What is known of shapes but for their latency, by the names of the columns of `scored`; arrays of shape (n,)."""
     numbers = {name: getattr(shapes, name) for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")}
     numbers |= {"n_params": shapes.n_params(fit.count), "tokens": np.broadcast_to(np.asarray(tokens, dtype=float), len(shapes))}
     try:
@@ -212,7 +212,9 @@ def scored(fit: Fit, latencies: Latencies, tokens: float) -> pd.DataFrame:
         raise InputError(
             f"{fit.law.name} has no term for the shape, so it cannot choose one; take inference-aware, or BASE+SHAPE"
         )
-    return pd.concat([pd.DataFrame(_numbers(fit, latencies.shapes, tokens, latencies.work)), latencies.estimates()], axis=1)
+    return pd.concat(
+        [pd.DataFrame(without_latency(fit, latencies.shapes, tokens, latencies.work)), latencies.estimates()], axis=1
+    )
 
 
 def fitted_ranges(table: pd.DataFrame, fit: Fit) -> dict[str, tuple[float, float]]:
@@ -284,7 +286,7 @@ def select(
     shape is left, naming the nearest one, and for a fit in which more tokens raise the loss.
     """
     every, ranges = scored(fit, latencies, caps.tokens), fitted_ranges(table, fit)
-    if (_numbers(fit, latencies.shapes, 2 * caps.tokens, latencies.work)["loss"] > every["loss"]).all():
+    if (without_latency(fit, latencies.shapes, 2 * caps.tokens, latencies.work)["loss"] > every["loss"]).all():
         raise InputError("by this fit more tokens raise the loss, so it cannot choose; add runs that vary N and D apart")
     outside = {
         f"range of {name}": ~every[RANGES[name]].between(low / EDGE, high * EDGE).to_numpy()
@@ -383,7 +385,7 @@ def _odds(
 ) -> tuple[dict[str, Array], dict[str, float]]:
     """What the draws say of every listed shape, those with a latency above the cap (not ``candidate``) among them.
 
-    Memory is 17 bytes for each draw and shape, beside the chunk at work.
+    Memory is some 35 bytes for each draw and shape, beside the chunk at work.
     """
     n_draws, n_shapes = len(parameters), len(listed)
     variables, rng = runs.variables(listed), np.random.default_rng(seed)
@@ -456,6 +458,7 @@ def optimum(
     """
 
     model, work = latencies.model, latencies.work
+    limits = {name: ranges[name] for name in ("N", "R")} if ranges else {}
 
     @cache
     def at(log_width: float, log_depth: float) -> dict[str, float]:
@@ -470,7 +473,7 @@ def optimum(
             tied=np.array([like.tied]),
             norm=like.norm,
         )
-        numbers = _numbers(fit, shape, caps.tokens, work)
+        numbers = without_latency(fit, shape, caps.tokens, work)
         numbers["latency_s"] = model.times(shape, work, model.at("value"))["e2e_s"]
         numbers["memory"] = work.memory_bytes(shape) / model.device.memory_bytes
         return {name: float(number[0]) for name, number in numbers.items()}
@@ -480,8 +483,8 @@ def optimum(
         row = at(*x)
         left = [-np.log(row["memory"])]
         left += [np.log(getattr(caps, name) / row[CAPPED[name][0]]) for name in _finite(caps) if name != "tokens"]
-        for name in ("N", "R") if ranges else ():
-            left += [np.log(row[RANGES[name]] / ranges[name][0]), np.log(ranges[name][1] / row[RANGES[name]])]
+        for name, (low, high) in limits.items():
+            left += [np.log(row[RANGES[name]] / low), np.log(high / row[RANGES[name]])]
         return np.array(left)
 
     centre = np.log([like.d_model, like.n_layers])
@@ -498,7 +501,7 @@ def optimum(
             if np.isfinite(found).all() and room(found).min() > -1e-7:
                 ends.append(found)
     row = min((at(*x) for x in ends), key=lambda row: row["loss"])
-    edges = {f"range of {name}": np.log(np.array(ranges[name]) / row[RANGES[name]]) for name in ("N", "R")} if ranges else {}
+    edges = {f"range of {name}": np.log(np.array(ends) / row[RANGES[name]]) for name, ends in limits.items()}
     return Optimum(
         **{name: row[name] for name in ("d_model", "n_layers", "n_params", "tokens", "loss", "latency_s")},
         at_edge=tuple(name for name, away in edges.items() if np.abs(away).min() < 1e-6),
@@ -523,7 +526,7 @@ def lifetime(
         raise InputError(f"inference_tokens is {inference_tokens}; give a number of at least zero")
 
     def numbers_at(tokens: ArrayLike) -> dict[str, Array]:
-        return _numbers(fit, shapes, tokens, Workload())
+        return without_latency(fit, shapes, tokens, Workload())
 
     low, high = (np.full(len(shapes), np.log(end)) for end in TOKEN_RANGE)
     for _ in range(60):  # the loss falls with D: halving the range sixty times leaves nothing but rounding

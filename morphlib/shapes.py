@@ -16,7 +16,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +78,7 @@ class _Counted(Generic[Number]):
     n_kv_heads: Number
     d_ff: Number
     vocab: Number
-    tied: bool | NDArray[np.bool_]
+    tied: Any  # bool, or an array of them
     norm: Norm
 
     @property
@@ -112,15 +112,13 @@ class _Counted(Generic[Number]):
         gain-only norms and as many key-value heads as heads. ``without_input_embedding`` leaves
         out the input table where it is a table of its own, ``non_embedding`` both tables.
         """
+        if convention not in CONVENTIONS:
+            raise ValueError(f"{convention!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
         groups = self.parameters_by_group()
-        total = sum(groups.values())
-        if convention == "total":
-            return total
-        if convention == "without_input_embedding":
-            return total - groups["input_embedding"]
-        if convention == "non_embedding":
-            return total - groups["input_embedding"] - groups["output_head"]
-        raise ValueError(f"{convention!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
+        n_params = groups["attention"] + groups["feed_forward"] + groups["norms"]
+        if convention != "non_embedding":
+            n_params = n_params + groups["output_head"]
+        return n_params + groups["input_embedding"] if convention == "total" else n_params
 
     def weight_bytes(self, bits: Bits = 16, convention: Convention = "total") -> Number:
         """Bytes of the weights that ``convention`` counts, each of ``bits`` bits, without the scales of a quantizer.
@@ -332,7 +330,7 @@ class Shapes(_Counted[Array]):
         if len(norms) > 1:
             raise ValueError(f"the shapes have different norms, {', '.join(sorted(norms))}; take those of one kind")
         sizes = {field: np.array([getattr(shape, field) for shape in shapes], dtype=float) for field in SIZES}
-        return cls(**sizes, tied=np.array([shape.tied for shape in shapes], dtype=bool), norm=norms.pop())  # type: ignore[arg-type]
+        return cls(**sizes, tied=np.array([shape.tied for shape in shapes], dtype=bool), norm=norms.pop())
 
     def __len__(self) -> int:
         return len(self.d_model)

@@ -180,7 +180,7 @@ def test_the_probability_of_being_best_is_that_of_the_order(paper, fit):
     noise = 0.02
     latencies = three_of_the_paper()
     found = select(paper, fit, latencies, Caps(**BUDGET | {"params": 1.7e9}, latency_s=5.0), parameters=draws, run_noise=True)
-    planned = pd.DataFrame(selection._numbers(fit, latencies.shapes, 29e9, latencies.work))
+    planned = pd.DataFrame(selection.without_latency(fit, latencies.shapes, 29e9, latencies.work))
     jacobian = fit.law.jacobian(fit.values, runs.variables(planned))
     noise = selection._run_deviation(paper, fit)
     orders = diagnostics.ordering_probability(
@@ -341,7 +341,7 @@ def test_the_method_of_the_paper_from_its_public_numbers(paper):
         return paper.set_index("name")["loss"][names[f"{shape.n_layers}x{shape.d_model}"]]
 
     steps = {
-        "predict": lambda every: selection._numbers(fit, every, 28_991_029_248, Workload())["loss"],
+        "predict": lambda every: selection.without_latency(fit, every, 28_991_029_248, Workload())["loss"],
         "measure": lambda shape: latency_s[f"{shape.n_layers}x{shape.d_model}"],
         "train": loss_of,
         "evaluate": lambda loss: -loss,
