@@ -461,7 +461,8 @@ def optimum(
     limits = {name: ranges[name] for name in ("N", "R")} if ranges else {}
 
     @cache
-    def at(log_width: float, log_depth: float) -> dict[str, float]:
+    def at(log_width: float, log_depth: float) -> tuple[dict[str, float], list[float]]:
+        """The numbers of a shape, and the pieces that its latency is the greatest of: that one has a kink, they have not."""
         width = np.exp([log_width])
         shape = Shapes(
             d_model=width,
@@ -476,13 +477,15 @@ def optimum(
         numbers = without_latency(fit, shape, caps.tokens, work)
         numbers["latency_s"] = model.times(shape, work, model.at("value"))["e2e_s"]
         numbers["memory"] = work.memory_bytes(shape) / model.device.memory_bytes
-        return {name: float(number[0]) for name, number in numbers.items()}
+        pieces = model.e2e_pieces_s(shape, work, model.at("value"))
+        return {name: float(number[0]) for name, number in numbers.items()}, [float(piece[0]) for piece in pieces]
 
     def room(x: Array) -> Array:
         """Logarithms of each limit over what is limited; at least zero within them."""
-        row = at(*x)
-        left = [-np.log(row["memory"])]
-        left += [np.log(getattr(caps, name) / row[CAPPED[name][0]]) for name in _finite(caps) if name != "tokens"]
+        row, pieces = at(*x)
+        left = [-np.log(row["memory"]), *(np.log(caps.latency_s / np.array(pieces)) if np.isfinite(caps.latency_s) else ())]
+        smooth = [name for name in _finite(caps) if name not in ("tokens", "latency_s")]
+        left += [np.log(getattr(caps, name) / row[CAPPED[name][0]]) for name in smooth]
         for name, (low, high) in limits.items():
             left += [np.log(row[RANGES[name]] / low), np.log(high / row[RANGES[name]])]
         return np.array(left)
@@ -492,7 +495,7 @@ def optimum(
     for away in ((0.0, 0.0), (-0.3, 0.3), (0.3, -0.3), (-0.6, 0.0)):
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             found = minimize(
-                lambda x: at(*x)["loss"],
+                lambda x: at(*x)[0]["loss"],
                 centre + away,
                 method="SLSQP",
                 constraints={"type": "ineq", "fun": room},
@@ -500,7 +503,7 @@ def optimum(
             ).x
             if np.isfinite(found).all() and room(found).min() > -1e-7:
                 ends.append(found)
-    row = min((at(*x) for x in ends), key=lambda row: row["loss"])
+    row = min((at(*x)[0] for x in ends), key=lambda row: row["loss"])
     edges = {f"range of {name}": np.log(np.array(ends) / row[RANGES[name]]) for name, ends in limits.items()}
     return Optimum(
         **{name: row[name] for name in ("d_model", "n_layers", "n_params", "tokens", "loss", "latency_s")},

@@ -280,6 +280,15 @@ class Model:
         prefill, decode = (step.total_s for step in self.steps(shape, work, at))
         return {"ttft_s": prefill, "tpot_s": decode, "e2e_s": prefill + (work.out_tokens - 1) * decode}
 
+    def e2e_pieces_s(self, shape: Shape | Shapes, work: Workload, at: Mapping[str, Any]) -> list[Any]:
+        """Times whose greatest is the E2E, each smooth in the sizes: in either phase the device or the host counts."""
+        if self.device.clock_hz is None:
+            return [self.times(shape, work, at)["e2e_s"]]
+        device_alone = {**at, "host_launch_s": 0.0}
+        host_alone = {**at, "kernel_cycles": 0.0, **dict.fromkeys(GROUPS[0], np.inf)}
+        phases = [self.steps(shape, work, alone) for alone in (device_alone, host_alone)]
+        return [first.total_s + (work.out_tokens - 1) * later.total_s for first, later in product(*zip(*phases, strict=True))]
+
     def check_room(self, shape: Shape, work: Workload) -> None:
         """Raise ``InputError`` where weights and cache do not fit the device."""
         try:

@@ -81,6 +81,15 @@ def test_many_shapes_and_sets_of_constants_are_each_of_them():
             assert together[name][:, i].max() == pytest.approx(estimate.high)
 
 
+@settings(max_examples=40, deadline=None)
+@given(small_shapes, st.sampled_from(GPUS), st.sampled_from(MODES), st.integers(1, 16), st.integers(1, 2000))
+def test_a_time_is_the_greatest_of_its_pieces(shape, gpu, mode, batch, in_tokens):
+    model, work = analytic.Model.of(gpu, mode), analytic.Workload(batch=batch, in_tokens=in_tokens)
+    pieces = model.e2e_pieces_s(shape, work, model.at("value"))
+    assert len(pieces) == 4
+    assert max(pieces) == pytest.approx(model.times(shape, work, model.at("value"))["e2e_s"])
+
+
 def test_a_ratio_is_that_of_two_predictions_with_the_same_constants():
     """Against one prediction after the other with constants held at their ends."""
     known = analytic.fitted_constants()
