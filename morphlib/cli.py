@@ -184,7 +184,8 @@ def _add_select(commands: Any, parents: list[argparse.ArgumentParser], columns: 
     select.add_argument(
         "--latencies",
         metavar="CSV",
-        help="choose among the shapes of this file, with columns shape and latency_s, or rows of morph latency measure",
+        help="choose among the shapes of this file, with columns shape and latency_s, or rows of morph latency measure; "
+        "GPU, mode and candidates are then not asked for",
     )
     for name in ("batch", "in-tokens", "out-tokens"):
         select.add_argument(f"--{name}", type=_number(1), metavar="N", help="of the workload (default: 1, 128, 256)")
@@ -373,9 +374,10 @@ def _select(arguments: argparse.Namespace) -> dict[str, Any]:
         weight_bytes=arguments.max_weight_bytes,
     )
     asked = {name: getattr(arguments, name) for name in ("batch", "in_tokens", "out_tokens", "weight_bits", "kv_bits")}
-    work = Workload(**{name: value for name, value in asked.items() if value is not None})
+    asked = {name: value for name, value in asked.items() if value is not None}
+    work = Workload(**asked)
     if arguments.latencies:
-        latencies: selection.Latencies = selection.Tabled.read(arguments.latencies, work)
+        latencies: selection.Latencies = selection.Tabled.read(arguments.latencies, work if asked else None)
     else:
         shapes = _candidates(arguments, table["n_count"].iloc[0])
         model = Model.of(arguments.gpu, arguments.mode, weight_bits=work.weight_bits)

@@ -17,6 +17,7 @@ right, so all of this is too sure where it is not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -119,10 +120,20 @@ class Tabled:
         """From columns ``shape`` and ``latency_s``, and where they are there its ends and its kind; or from rows as
         `timing` records them, which must be of one engine, dtype, batch and length, and say the workload themselves.
 
-        Without ends the value stands for them. Raises ``InputError`` for what is missing, mixed or no latency.
+        Without ends the value stands for them. Raises ``InputError`` for what is missing, mixed or no latency, for units
+        other than seconds, and for rows of another workload than ``work``.
         """
         if "e2e_s" in table and "latency_s" not in table:
-            table, work = _as_latencies(table, where)
+            table, measured = _as_latencies(table, where)
+            for name in ("batch", "in_tokens", "out_tokens", "weight_bits"):
+                if work is not None and getattr(work, name) != getattr(measured, name):
+                    raise InputError(
+                        f"{where}: its rows have {name} {getattr(measured, name)}, not {getattr(work, name)}; "
+                        "leave one of the two out"
+                    )
+            work = measured
+        if other_unit := [name for name in table if re.fullmatch(r"latency(_low|_high)?_(ms|us|ns|min|h)", str(name))]:
+            raise InputError(f"{where}: column {', '.join(other_unit)} is not in seconds; give latency_s and no other unit")
         if missing := [name for name in ("shape", "latency_s") if name not in table]:
             raise InputError(f"{where}: column {', '.join(missing)} is missing; give shape and latency_s, in seconds")
         ends = {name: pd.to_numeric(table.get(name, table["latency_s"]), errors="coerce") for name in LATENCIES}

@@ -243,6 +243,8 @@ def test_measured_rows_bring_their_workload_and_interval(tmp_path):
     assert (read.rows["latency_low_s"] < read.rows["latency_high_s"]).all()
     rows.to_csv(tmp_path / "rows.csv", index=False)
     pd.testing.assert_frame_equal(Tabled.read(tmp_path / "rows.csv").rows, read.rows)
+    with pytest.raises(InputError, match="its rows have batch 1, not 8; leave one of the two out"):
+        Tabled.of(rows, Workload(batch=8, in_tokens=128, out_tokens=64))
     with pytest.raises(InputError, match="differ in dtype"):
         Tabled.of(pd.concat([rows, rows.assign(dtype="fp32")]))
 
@@ -250,7 +252,9 @@ def test_measured_rows_bring_their_workload_and_interval(tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"shape": ["12x3072"], "latency_ms": [1960]}, "column latency_s is missing; give shape and latency_s, in seconds"),
+        ({"shape": ["12x3072"], "latency_ms": [1960]}, "column latency_ms is not in seconds; give latency_s"),
+        ({"shape": ["12x3072"], "latency_s": [1.96], "latency_low_ms": [1800]}, "column latency_low_ms is not in seconds"),
+        ({"shape": ["12x3072"], "seconds": [1.96]}, "column latency_s is missing; give shape and latency_s, in seconds"),
         ({"latency_s": [1.0]}, "column shape is missing"),
         ({"shape": ["12x3072", "24x2048"], "latency_s": [1.0, 0.0]}, "row 3 has no latency"),
         ({"shape": ["12x3072"], "latency_s": [math.nan]}, "row 2 has no latency"),
