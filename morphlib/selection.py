@@ -132,7 +132,7 @@ class Tabled:
                         "leave one of the two out"
                     )
             work = measured
-        if other_unit := [name for name in table if re.fullmatch(r"latency(_low|_high)?_(ms|us|ns|min|h)", str(name))]:
+        if other_unit := [name for name in map(str, table) if re.fullmatch(r"latency(_low|_high)?_(ms|us|ns|min|h)", name)]:
             raise InputError(f"{where}: column {', '.join(other_unit)} is not in seconds; give latency_s and no other unit")
         if missing := [name for name in ("shape", "latency_s") if name not in table]:
             raise InputError(f"{where}: column {', '.join(missing)} is missing; give shape and latency_s, in seconds")
