@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT
 from morphlib import diagnostics, fitting, laws, runs, selection, uncertainty
 from morphlib.errors import InputError
 from morphlib.latency.analytic import Model, Workload
@@ -455,3 +457,14 @@ def test_the_optimum_starts_within_the_caps(paper, fit, on_a100):
     found = optimum(fit, like, on_a100, Caps(params=1.67e9, tokens=29e9, latency_s=2.2), selection.fitted_ranges(paper, fit))
     own = selection.scored(fit, Predicted(Shapes.of([like]), on_a100.model), 29e9)
     assert found.loss <= own["loss"][0]
+
+
+def test_the_page_shows_what_the_command_prints(capsys):
+    """Its command and its example; the two columns that come from random draws may differ by a draw elsewhere."""
+    page = (ROOT / "book" / "which_shape.md").read_text(encoding="utf-8")
+    command, shown = (re.search(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)[1].strip() for kind in ("bash", "text"))
+    code, out, _ = morph(capsys, *command.split()[1:], "--top", "3")
+    assert code == 0
+    printed = out.splitlines()
+    for line in shown.splitlines():
+        assert line.split()[:9] in [other.split()[:9] for other in printed], line

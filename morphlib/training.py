@@ -1,0 +1,374 @@
+r"""Training one model from a recipe to rows: a run, its marks, and what is left if it is killed.
+
+A run reads each text once. With the schedule ``cosine`` the learning rate rises over the warm-up and falls along a cosine to a
+hundredth at the end, as the paper's do, so each budget of tokens is a run of its own. With ``trunk`` one long run at a constant
+rate, the trunk, serves several budgets: for each, a branch leaves the trunk and lowers the rate linearly to zero over the last
+part of its budget (Hu et al. 2024, arXiv 2404.06395, section 4; Hägele et al. 2024, arXiv 2405.18392). The trunk then goes on
+from where the branch left it.
+
+Two losses are reported. ``loss`` is the mean cross-entropy of held-out text in nats per token. ``mean_training_loss`` is the
+paper's: each step's loss with its z-loss, smoothed, averaged from the first step to the mark (`morphlib.runs.loss_from_log`).
+
+A run that is killed goes on from its last checkpoint and ends with the same bits, on the same machine with as many threads.
+A checkpoint is a file of tensors and a file that names its checksum, the second written when the first is whole; two are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from morphlib.errors import InputError
+from morphlib.model import OpenLMConfig, OpenLMForCausalLM
+from morphlib.shapes import Shape
+
+Schedule = Literal["cosine", "trunk"]
+Tokens = np.ndarray[Any, np.dtype[Any]]
+
+FINAL_SHARE = 0.01  # of the peak learning rate, at the end of a cosine (the paper: 3e-3 to 3e-5)
+COOLDOWN_SHARE = 0.2  # of a budget, over which a branch lowers the learning rate to zero
+SAVE_EVERY_S = 120.0
+KEPT = 2  # checkpoints
+SMOOTHING = 0.9  # weight of a new step in the paper's moving average (EMA_epoch_loss.py)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a model is trained. The defaults that have no size in them are the paper's (open-lm-morph@1872be3).
+
+    A step reads ``batch`` sequences of ``sequence`` tokens, in ``accumulate`` parts. ``learning_rate`` is the peak; with
+    ``base_width`` that of matrices is multiplied by base_width / width (muP for Adam: Yang et al., arXiv 2203.03466, table 3),
+    that of the embedding and of norms is not. ``z_loss`` multiplies the mean of logsumexp^2. ``dtype`` fp32, or bf16 for
+    autocast. Raises ``InputError`` for a number that cannot be.
+    """
+
+    learning_rate: float = 3e-3
+    warmup_steps: int = 2000
+    schedule: Schedule = "cosine"
+    batch: int = 512
+    sequence: int = 2048
+    accumulate: int = 1
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.033
+    clip: float = 1.0
+    z_loss: float = 1e-4
+    base_width: int | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            raise InputError(f"schedule is {self.schedule!r}; choose one of {', '.join(get_args(Schedule))}")
+        for name in ("learning_rate", "batch", "sequence", "accumulate", "epsilon", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; give a number above zero")
+        if self.batch % self.accumulate:
+            raise InputError(f"a batch of {self.batch} cannot be taken in {self.accumulate} equal parts; choose a divisor")
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch * self.sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Steps ``start`` to ``end`` of the trunk, or with ``mark`` of a branch that ends at that budget of tokens."""
+
+    start: int
+    end: int
+    mark: int | None
+
+
+def phases(recipe: Recipe, marks: Sequence[int]) -> list[Phase]:
+    """The parts of a run that reports at each of ``marks``, budgets in tokens, rounded up to whole steps.
+
+    Raises ``InputError`` for several marks with a cosine, whose rate depends on the end, and for marks out of order.
+    """
+    if not marks or sorted(set(marks)) != list(marks) or marks[0] < 1:
+        raise InputError(f"the token budgets are {list(marks)}; give numbers above zero, each larger than the one before")
+    ends = [-(-mark // recipe.step_tokens) for mark in marks]
+    if recipe.schedule == "cosine":
+        if len(marks) > 1:
+            raise InputError("a cosine ends at one budget; train each by itself, or take the schedule trunk")
+        return [Phase(0, ends[0], marks[0])]
+    found, at = [], 0
+    for end, mark in zip(ends, marks, strict=True):
+        leaves = max(at, end - max(1, round(COOLDOWN_SHARE * end)))
+        found += [Phase(at, leaves, None), Phase(leaves, end, mark)]
+        at = leaves
+    return [phase for phase in found if phase.end > phase.start]
+
+
+def learning_rate(recipe: Recipe, phase: Phase, step: int) -> float:
+    """The rate of a step, counted from 0: a linear warm-up, then the schedule."""
+    warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+    if recipe.schedule == "trunk":
+        left = 1.0 if phase.mark is None else (phase.end - step) / (phase.end - phase.start)
+        return recipe.learning_rate * warm * left
+    done = min(1.0, max(0, step + 1 - recipe.warmup_steps) / max(1, phase.end - recipe.warmup_steps))
+    return recipe.learning_rate * warm * (FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def mean_training_loss(losses: Sequence[float]) -> float:
+    """The paper's loss of the steps so far: the plain mean of a moving average that starts at the first step."""
+    smoothed, total = losses[0], 0.0
+    for loss in losses:
+        smoothed = SMOOTHING * loss + (1 - SMOOTHING) * smoothed
+        total += smoothed
+    return total / len(losses)
+
+
+@dataclass
+class _State:
+    """All that changes while training, and what the trunk was when a branch left it."""
+
+    model: OpenLMForCausalLM
+    optimizer: torch.optim.AdamW
+    phase: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    trunk: dict[str, Tensor] | None = None
+    trunk_losses: list[float] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of the weights and of the optimizer's averages."""
+        found = {f"model.{name}": value.detach().clone() for name, value in self.model.state_dict().items()}
+        for name, weight in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(weight, {}).items():
+                found[f"optimizer.{name}.{key}"] = value.detach().clone()
+        return found
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """The reverse of ``tensors``."""
+        own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        self.model.load_state_dict(own)
+        self.optimizer.state.clear()
+        for name, weight in self.model.named_parameters():
+            prefix = f"optimizer.{name}."
+            held = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
+            if held:
+                self.optimizer.state[weight] = held
+
+
+def train(
+    shape: Shape,
+    tokens: Tokens,
+    held_out: Mapping[str, Tokens],
+    marks: Sequence[int],
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda line: None,
+    save_every_s: float = SAVE_EVERY_S,
+) -> list[dict[str, Any]]:
+    """Train a shape on ``tokens``, shape (n,), and return one row for each of ``marks``, budgets in tokens.
+
+    ``held_out`` has token ids by source. The sequences are read in an order that ``recipe.seed`` draws, the same for every
+    shape, and none twice. ``folder`` keeps checkpoints while the run goes on, and then a model for each mark, as transformers
+    saves it, and ``rows.json``; a call with the same arguments goes on where the last one stopped, or returns the rows.
+    Raises ``InputError`` for too few tokens, a folder of another run, one that cannot be written, and a loss that is no number.
+    """
+    plan = phases(recipe, marks)
+    n_sequences, needed = (len(tokens) - 1) // recipe.sequence, plan[-1].end * recipe.batch
+    if n_sequences < needed:
+        raise InputError(
+            f"{marks[-1]} tokens need {needed} sequences of {recipe.sequence}, and the text has {n_sequences}; no text is read "
+            "twice, so give more text or a smaller budget"
+        )
+    order = np.random.default_rng(recipe.seed).permutation(n_sequences)
+    identity = {"shape": str(shape), "norm": shape.norm, "marks": list(marks), "recipe": asdict(recipe), "tokens": len(tokens)}
+    identity = json.loads(json.dumps(identity))  # as it reads back
+    torch.manual_seed(recipe.seed)
+    model = OpenLMForCausalLM(OpenLMConfig.of(shape, max_tokens=recipe.sequence)).to(device)
+    state = _State(model, _optimizer(model, recipe))
+    _resume(folder, identity, state, progress)
+    forward: Any = torch.compile(model) if recipe.compile else model
+    start_s, saved_s = time.monotonic() - state.seconds, time.monotonic()
+    while state.phase < len(plan):
+        phase = plan[state.phase]
+        if phase.mark is not None and state.trunk is None and state.step == phase.start:
+            state.trunk, state.trunk_losses = state.tensors(), list(state.losses)
+        while state.step < phase.end:
+            state.losses.append(_step(forward, state, recipe, phase, _batch(tokens, order, state.step, recipe), device))
+            state.step += 1
+            state.seconds = time.monotonic() - start_s
+            progress(_told(state, plan, recipe))
+            if time.monotonic() - saved_s > save_every_s:
+                _save(folder, identity, state)
+                saved_s = time.monotonic()
+        if phase.mark is not None:
+            state.rows.append(_row(shape, state, phase.mark, recipe, held_out, device))
+            model.save_pretrained(folder / f"model-{phase.mark}")
+            assert state.trunk is not None
+            state.put(state.trunk)
+            state.losses, state.step, state.trunk = state.trunk_losses, phase.start, None
+        state.phase += 1
+        _save(folder, identity, state)
+        saved_s = time.monotonic()
+    return state.rows
+
+
+def _optimizer(model: OpenLMForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW over two groups: matrices, whose rate may follow the width, and the embedding and the norms. Both decay."""
+    embedding = model.tok_embeddings.weight
+    matrices = [part.weight for part in model.modules() if isinstance(part, nn.Linear) and part.weight is not embedding]
+    inside = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in inside]
+    share = recipe.base_width / model.config.hidden_size if recipe.base_width else 1.0
+    groups = [{"params": matrices, "share": share}, {"params": others, "share": 1.0}]
+    return torch.optim.AdamW(
+        groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay
+    )
+
+
+def _batch(tokens: Tokens, order: np.ndarray, step: int, recipe: Recipe) -> Tensor:
+    """The token ids of a step, shape (batch, sequence + 1): each sequence and the token after it."""
+    starts = order[step * recipe.batch : (step + 1) * recipe.batch] * recipe.sequence
+    return torch.from_numpy(np.stack([tokens[at : at + recipe.sequence + 1] for at in starts]).astype(np.int64))
+
+
+def _step(model: Any, state: _State, recipe: Recipe, phase: Phase, batch: Tensor, device: str) -> float:
+    """One step of the optimizer; the loss before it, z-loss included, in nats per token."""
+    state.model.train()
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(recipe, phase, state.step) * group["share"]
+    state.optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for part in batch.to(device).chunk(recipe.accumulate):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.dtype == "bf16"):
+            logits = model(input_ids=part[:, :-1], use_cache=False).logits
+        logits = logits.float().flatten(0, 1)
+        z = torch.logsumexp(logits, dim=-1)
+        chosen = logits.gather(1, part[:, 1:].reshape(-1, 1)).squeeze(1)
+        loss = ((z - chosen).mean() + recipe.z_loss * (z**2).mean()) / recipe.accumulate
+        loss.backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise InputError(
+            f"the loss of step {state.step} is {total}; lower the learning rate or lengthen the warm-up, in another folder"
+        )
+    nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip)
+    state.optimizer.step()
+    return total
+
+
+def held_out_loss(model: OpenLMForCausalLM, tokens: Tokens, sequence: int, device: str = "cpu") -> float:
+    """Mean cross-entropy in nats per token over the whole sequences of ``tokens``, shape (n,), each read by itself.
+
+    Raises ``InputError`` for less than one sequence.
+    """
+    n = (len(tokens) - 1) // sequence
+    if n < 1:
+        raise InputError(f"{len(tokens)} held-out tokens are less than a sequence of {sequence}; give more text")
+    total, model = 0.0, model.eval()
+    with torch.inference_mode():
+        for start in range(0, n, 16):
+            rows = [tokens[i * sequence : (i + 1) * sequence + 1] for i in range(start, min(n, start + 16))]
+            part = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
+            logits = model(input_ids=part[:, :-1], use_cache=False).logits.float().flatten(0, 1)
+            total += nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
+    return total / (n * sequence)
+
+
+def _row(shape: Shape, state: _State, mark: int, recipe: Recipe, held_out: Mapping[str, Tokens], device: str) -> dict[str, Any]:
+    by_source = {name: held_out_loss(state.model, tokens, recipe.sequence, device) for name, tokens in held_out.items()}
+    sizes = {name: len(tokens) for name, tokens in held_out.items()}
+    loss = sum(by_source[name] * sizes[name] for name in sizes) / sum(sizes.values())
+    return {
+        "shape": str(shape),
+        "n_params": shape.n_params("non_embedding"),
+        "n_count": "non_embedding",
+        **{name: getattr(shape, name) for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab")},
+        "tied": int(shape.tied),
+        "tokens": state.step * recipe.step_tokens,
+        "budget_tokens": mark,
+        "loss": loss,
+        "mean_training_loss": mean_training_loss(state.losses),
+        **{f"loss_{name}": value for name, value in by_source.items()},
+        "steps": state.step,
+        "seconds": round(state.seconds, 1),
+        **{name: value for name, value in asdict(recipe).items() if name not in ("betas", "compile")},
+    }
+
+
+def _told(state: _State, plan: Sequence[Phase], recipe: Recipe) -> str:
+    """Where a run stands, and when it will end."""
+    done = sum(phase.end - phase.start for phase in plan[: state.phase]) + state.step - plan[state.phase].start
+    total = sum(phase.end - phase.start for phase in plan)
+    left_s = state.seconds / done * (total - done)
+    end = time.strftime("%H:%M", time.localtime(time.time() + left_s))
+    speed = done * recipe.step_tokens / state.seconds
+    return f"step {done} of {total}, loss {state.losses[-1]:.3f}, {speed:,.0f} tokens/s, done at about {end}"
+
+
+def _save(folder: Path, identity: Mapping[str, Any], state: _State) -> None:
+    """A checkpoint: tensors, then the file that names them; older ones than the last two go."""
+    number = 1 + max((int(path.stem.partition("-")[2]) for path in _checkpoints(folder)), default=0)
+    name, tensors = f"checkpoint-{number}", state.tensors()
+    if state.trunk is not None:
+        tensors |= {f"trunk.{key}": value for key, value in state.trunk.items()}
+    told = {key: getattr(state, key) for key in ("phase", "step", "losses", "seconds", "rows", "trunk_losses")}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{name}.partial"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+        told |= {"identity": identity, "sha256": _sha256(partial)}
+        partial.replace(folder / f"{name}.safetensors")
+        partial.write_text(json.dumps(told), encoding="utf-8")
+        partial.replace(folder / f"{name}.json")
+    except (OSError, SafetensorError) as error:
+        (folder / f"{name}.partial").unlink(missing_ok=True)
+        raise InputError(f"{folder}: a checkpoint cannot be written ({error}); give a folder of yours with room") from None
+    for old in sorted(_checkpoints(folder), key=lambda path: int(path.stem.partition("-")[2]))[:-KEPT]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def _resume(folder: Path, identity: Mapping[str, Any], state: _State, progress: Callable[[str], None]) -> None:
+    """Put the newest whole checkpoint of the folder into ``state``, if there is one."""
+    newest_first = sorted(_checkpoints(folder), key=lambda path: -int(path.stem.partition("-")[2]))
+    for path in newest_first:
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            tensors_path = path.with_suffix(".safetensors")
+            if _sha256(tensors_path) != told["sha256"]:
+                raise ValueError("its checksum differs")
+            tensors = load_file(tensors_path)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            progress(f"{path}: is damaged ({error}); going back to the checkpoint before it")
+            continue
+        if told["identity"] != identity:
+            other = next(key for key in identity if told["identity"].get(key) != identity[key])
+            raise InputError(f"{folder}: holds a run of another {other}; give another folder")
+        state.put({name: value for name, value in tensors.items() if not name.startswith("trunk.")})
+        trunk = {name.removeprefix("trunk."): value for name, value in tensors.items() if name.startswith("trunk.")}
+        state.trunk = trunk or None
+        for key in ("phase", "step", "losses", "seconds", "rows", "trunk_losses"):
+            setattr(state, key, told[key])
+        return
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    return folder.glob("checkpoint-*.json")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,277 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from conftest import ROOT  # noqa: E402
+from morphlib import runs  # noqa: E402
+from morphlib.errors import InputError  # noqa: E402
+from morphlib.model import OpenLMConfig, OpenLMForCausalLM  # noqa: E402
+from morphlib.shapes import Shape  # noqa: E402
+from morphlib.training import (  # noqa: E402
+    COOLDOWN_SHARE,
+    FINAL_SHARE,
+    Phase,
+    Recipe,
+    held_out_loss,
+    learning_rate,
+    mean_training_loss,
+    phases,
+    train,
+)
+
+SHAPE = Shape.of(16, 2, n_heads=2, vocab=32, d_ff=48)
+SMALL = Recipe(batch=4, sequence=16, warmup_steps=3, learning_rate=1e-2, schedule="trunk")
+MARKS = (20 * 64, 40 * 64)  # 20 and 40 steps
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text():
+    """Ids that can be learned: each is mostly a function of the one before."""
+    rng = np.random.default_rng(0)
+    ids = np.zeros(4000, dtype=np.uint16)
+    for i in range(1, len(ids)):
+        ids[i] = (3 * ids[i - 1] + 1) % 32 if rng.random() < 0.9 else rng.integers(32)
+    return ids
+
+
+def run(folder, text, **options):
+    settings = {"marks": MARKS, "recipe": SMALL, **options}
+    return train(SHAPE, text[:3000], {"a": text[3000:3600], "b": text[3600:]}, folder=folder, **settings)
+
+
+def weights(folder, mark):
+    return AutoModelForCausalLM.from_pretrained(folder / f"model-{mark}").state_dict()
+
+
+def without_times(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_it_learns_and_tells_each_mark(tmp_path, text):
+    lines = []
+    rows = run(tmp_path, text, progress=lines.append)
+    assert [row["tokens"] for row in rows] == list(MARKS)
+    first, second = rows
+    torch.manual_seed(0)
+    untrained = OpenLMForCausalLM(OpenLMConfig.of(SHAPE))
+    before = held_out_loss(untrained, text[3000:3600], 16)
+    assert second["loss"] < first["loss"] < before
+    assert first["loss"] == pytest.approx((600 * first["loss_a"] + 400 * first["loss_b"]) / 1000)
+    assert lines[-1].startswith("step 44 of 44, loss ") and "tokens/s, done at about" in lines[-1]
+    for row in rows:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{row['budget_tokens']}")
+        assert held_out_loss(loaded, text[3000:3600], 16) == pytest.approx(row["loss_a"], abs=1e-6)
+    table = pd.DataFrame(rows).assign(name=["a", "b"])
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    assert runs.load(tmp_path / "rows.csv")["n_params"].tolist() == [SHAPE.n_params("non_embedding")] * 2
+
+
+def test_the_same_call_gives_the_same_bits_and_another_seed_others(tmp_path, text):
+    rows = [run(tmp_path / name, text, recipe=recipe) for name, recipe in
+            (("a", SMALL), ("b", SMALL), ("c", Recipe(**{**_fields(SMALL), "seed": 1})))]  # fmt: skip
+    assert without_times(rows[0]) == without_times(rows[1]) != without_times(rows[2])
+    for name, weight in weights(tmp_path / "a", MARKS[1]).items():
+        assert torch.equal(weight, weights(tmp_path / "b", MARKS[1])[name])
+
+
+def _fields(recipe):
+    return {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stops", [[1], [17], [18, 19, 20], [5, 21, 30], [41]])
+def test_a_run_that_is_broken_off_ends_with_the_same_bits(tmp_path, text, stops):
+    """Broken off after these steps, with a checkpoint after every step; 16 to 20 are the first branch."""
+    whole = run(tmp_path / "whole", text)
+    for stop in stops:
+
+        def break_off(line, at=f"step {stop} "):
+            if line.startswith(at):
+                raise Stop
+
+        with pytest.raises(Stop):
+            run(tmp_path / "broken", text, progress=break_off, save_every_s=0.0)
+    assert without_times(run(tmp_path / "broken", text, save_every_s=0.0)) == without_times(whole)
+    for mark in MARKS:
+        for name, weight in weights(tmp_path / "whole", mark).items():
+            assert torch.equal(weight, weights(tmp_path / "broken", mark)[name])
+
+
+def test_a_killed_process_goes_on(tmp_path, text):
+    np.save(tmp_path / "text.npy", text)
+    code = f"""
+import sys, numpy as np, torch
+sys.path.insert(0, {str(ROOT / "tests")!r})
+torch.set_num_threads(1)
+from test_training import run
+text = np.load({str(tmp_path / "text.npy")!r})
+run(__import__("pathlib").Path({str(tmp_path / "killed")!r}), text, save_every_s=0.0,
+    progress=lambda line: print(line, flush=True))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 25 "):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    rows = run(tmp_path / "killed", text)
+    assert without_times(rows) == without_times(run(tmp_path / "whole", text))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, text):
+    whole = run(tmp_path / "whole", text)
+    with pytest.raises(Stop):
+        run(tmp_path / "broken", text, save_every_s=0.0, progress=lambda line: _stop_at(line, 30))
+    newest = max(tmp_path.glob("broken/checkpoint-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
+    newest.write_bytes(newest.read_bytes()[:-7] + b"damaged")
+    lines = []
+    assert without_times(run(tmp_path / "broken", text, progress=lines.append)) == without_times(whole)
+    assert "is damaged (its checksum differs); going back to the checkpoint before it" in lines[0]
+    assert len(list(tmp_path.glob("broken/checkpoint-*.json"))) == 2
+    assert not list(tmp_path.glob("broken/*.partial"))
+
+
+def _stop_at(line, step):
+    if line.startswith(f"step {step} "):
+        raise Stop
+
+
+def test_a_branch_leaves_the_trunk_as_it_was(tmp_path, text):
+    """The second mark is the same whether or not a branch was trained before it."""
+    both = run(tmp_path / "both", text)
+    alone = run(tmp_path / "alone", text, marks=MARKS[1:])
+    assert both[1]["loss"] == alone[0]["loss"]
+    assert both[1]["mean_training_loss"] == alone[0]["mean_training_loss"]
+
+
+@given(
+    st.lists(st.integers(1, 5000), min_size=1, max_size=4, unique=True).map(sorted),
+    st.sampled_from([1, 8, 64]),
+)
+def test_the_phases_of_a_trunk_cover_each_budget_once(budgets, step_tokens):
+    recipe = Recipe(schedule="trunk", batch=1, sequence=step_tokens)
+    plan = phases(recipe, budgets)
+    at = 0
+    for phase in plan:
+        assert phase.start == at and phase.end > phase.start
+        at = phase.end if phase.mark is None else phase.start
+    branches = {phase.mark: phase for phase in plan if phase.mark is not None}
+    for mark in budgets:
+        steps = math.ceil(mark / step_tokens)
+        if mark in branches:
+            assert branches[mark].end == steps
+            assert branches[mark].end - branches[mark].start <= max(1, math.ceil(COOLDOWN_SHARE * steps))
+    assert plan[-1].mark == budgets[-1]
+
+
+def test_learning_rates():
+    cosine, end = Recipe(warmup_steps=10, learning_rate=1.0), Phase(0, 110, 1)
+    rates = [learning_rate(cosine, end, step) for step in range(110)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert rates[9] == max(rates) == pytest.approx(1.0)
+    assert rates[59] == pytest.approx((1 + FINAL_SHARE) / 2)
+    assert rates[-1] == pytest.approx(FINAL_SHARE)
+    assert (np.diff(rates[9:]) < 0).all()
+    trunk = Recipe(schedule="trunk", warmup_steps=10, learning_rate=1.0)
+    assert learning_rate(trunk, Phase(0, 80, None), 79) == 1.0
+    assert [learning_rate(trunk, Phase(80, 100, 1), step) for step in (80, 90, 99)] == pytest.approx([1.0, 0.5, 0.05])
+
+
+@given(st.lists(st.floats(0.1, 12), min_size=1, max_size=60))
+def test_the_papers_loss_is_that_of_the_logs(losses):
+    log = pd.DataFrame({"tokens": np.arange(1.0, len(losses) + 1), "loss": losses})
+    smoothed = log["loss"].ewm(alpha=0.9, adjust=False).mean().mean()
+    assert mean_training_loss(losses) == pytest.approx(smoothed)
+
+
+def test_parts_of_a_batch_make_the_same_step(tmp_path, text):
+    rows = [
+        run(tmp_path / str(parts), text, marks=MARKS[:1], recipe=Recipe(**{**_fields(SMALL), "accumulate": parts}))[0]
+        for parts in (1, 4)
+    ]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-4)
+
+
+def test_the_rate_of_matrices_follows_the_width():
+    from morphlib.training import _optimizer
+
+    model = OpenLMForCausalLM(OpenLMConfig.of(Shape.of(64, 2, n_heads=4, vocab=50)))
+    groups = _optimizer(model, Recipe(base_width=16)).param_groups
+    assert [group["share"] for group in groups] == [0.25, 1.0]
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    assert {names[id(w)].rpartition(".")[0].rpartition(".")[2] for w in groups[0]["params"]} == {
+        "in_proj", "out_proj", "w12", "w3", "output"
+    }  # fmt: skip
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    tied = OpenLMForCausalLM(OpenLMConfig.of(Shape.of(64, 2, n_heads=4, vocab=50, tied=True)))
+    assert sum(len(group["params"]) for group in _optimizer(tied, Recipe()).param_groups) == len(list(tied.parameters()))
+
+
+def test_what_cannot_be_trained_says_so(tmp_path, text, monkeypatch):
+    with pytest.raises(InputError, match="need 628 sequences of 16, and the text has 187; no text is read twice"):
+        run(tmp_path, text, marks=(10_000,))
+    with pytest.raises(InputError, match="a cosine ends at one budget"):
+        run(tmp_path, text, recipe=Recipe(batch=4, sequence=16))
+    with pytest.raises(InputError, match="each larger than the one before"):
+        run(tmp_path, text, marks=(100, 100))
+    with pytest.raises(InputError, match="less than a sequence"):
+        held_out_loss(OpenLMForCausalLM(OpenLMConfig.of(SHAPE)), text[:10], 16)
+    with pytest.raises(InputError, match="lower the learning rate"):
+        run(tmp_path / "nan", text, recipe=Recipe(**{**_fields(SMALL), "learning_rate": 1e30, "clip": 1e30}))
+    with pytest.raises(InputError, match="cannot be taken in 3 equal parts"):
+        Recipe(batch=4, accumulate=3)
+    run(tmp_path / "held", text, marks=MARKS[:1])
+    with pytest.raises(InputError, match="holds a run of another recipe"):
+        run(tmp_path / "held", text, marks=MARKS[:1], recipe=Recipe(**{**_fields(SMALL), "seed": 5}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="a checkpoint cannot be written"):
+        run(tmp_path / "file" / "folder", text)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, text, monkeypatch):
+    from morphlib import training
+
+    with pytest.raises(Stop):
+        run(tmp_path, text, save_every_s=0.0, progress=lambda line: _stop_at(line, 12))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save_file", full)
+        with pytest.raises(InputError, match="No space left on device"):
+            run(tmp_path, text, save_every_s=0.0)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert len(run(tmp_path, text)) == 2
+
+
+def test_checkpoints_hold_no_code(tmp_path, text):
+    run(tmp_path, text, marks=MARKS[:1])
+    kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert kinds == {".json", ".safetensors"}
+    assert all(json.loads(path.read_text()) for path in tmp_path.rglob("*.json"))
