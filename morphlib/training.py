@@ -20,6 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -196,7 +197,10 @@ def train(
     identity = {"shape": str(shape), "norm": shape.norm, "marks": list(marks), "recipe": asdict(recipe), "tokens": len(tokens)}
     identity = json.loads(json.dumps(identity))  # as it reads back
     torch.manual_seed(recipe.seed)
-    model = OpenLMForCausalLM(OpenLMConfig.of(shape, max_tokens=recipe.sequence)).to(device)
+    model = OpenLMForCausalLM(OpenLMConfig.of(shape, max_tokens=recipe.sequence))
+    model.to(device)  # type: ignore[arg-type]
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     state = _State(model, _optimizer(model, recipe))
     _resume(folder, identity, state, progress)
     forward: Any = torch.compile(model) if recipe.compile else model
@@ -215,7 +219,8 @@ def train(
                 saved_s = time.monotonic()
         if phase.mark is not None:
             state.rows.append(_row(shape, state, phase.mark, recipe, held_out, device))
-            model.save_pretrained(folder / f"model-{phase.mark}")
+            with _writing(folder):
+                model.save_pretrained(folder / f"model-{phase.mark}")
             assert state.trunk is not None
             state.put(state.trunk)
             state.losses, state.step, state.trunk = state.trunk_losses, phase.start, None
@@ -325,20 +330,27 @@ def _save(folder: Path, identity: Mapping[str, Any], state: _State) -> None:
     if state.trunk is not None:
         tensors |= {f"trunk.{key}": value for key, value in state.trunk.items()}
     told = {key: getattr(state, key) for key in ("phase", "step", "losses", "seconds", "rows", "trunk_losses")}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{name}.partial"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
-        told |= {"identity": identity, "sha256": _sha256(partial)}
-        partial.replace(folder / f"{name}.safetensors")
-        partial.write_text(json.dumps(told), encoding="utf-8")
-        partial.replace(folder / f"{name}.json")
-    except (OSError, SafetensorError) as error:
-        (folder / f"{name}.partial").unlink(missing_ok=True)
-        raise InputError(f"{folder}: a checkpoint cannot be written ({error}); give a folder of yours with room") from None
+    partial = folder / f"{name}.partial"
+    with _writing(folder):
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+            told |= {"identity": identity, "sha256": _sha256(partial)}
+            partial.replace(folder / f"{name}.safetensors")
+            partial.write_text(json.dumps(told), encoding="utf-8")
+            partial.replace(folder / f"{name}.json")
+        finally:
+            partial.unlink(missing_ok=True)
     for old in sorted(_checkpoints(folder), key=lambda path: int(path.stem.partition("-")[2]))[:-KEPT]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be written ({error}); give a folder of yours with room") from None
 
 
 def _resume(folder: Path, identity: Mapping[str, Any], state: _State, progress: Callable[[str], None]) -> None:
