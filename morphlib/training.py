@@ -29,7 +29,16 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from morphlib.errors import InputError
 from morphlib.model import OpenLMConfig, OpenLMForCausalLM
@@ -42,6 +51,7 @@ FINAL_SHARE = 0.01  # of the peak learning rate, at the end of a cosine (the pap
 COOLDOWN_SHARE = 0.2  # of a budget, over which a branch lowers the learning rate to zero
 SAVE_EVERY_S = 120.0
 KEPT = 2  # checkpoints
+_WHOLE = StateDictOptions(full_state_dict=True)
 SMOOTHING = 0.9  # weight of a new step in the paper's moving average (EMA_epoch_loss.py)
 
 
@@ -148,23 +158,27 @@ class _State:
     trunk_losses: list[float] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of the weights and of the optimizer's averages."""
-        found = {f"model.{name}": value.detach().clone() for name, value in self.model.state_dict().items()}
-        for name, weight in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(weight, {}).items():
-                found[f"optimizer.{name}.{key}"] = value.detach().clone()
+        """Copies of the whole weights and of the optimizer's averages; where they are sharded each process must call it."""
+        weights: Any = get_model_state_dict(self.model, options=_WHOLE)
+        found: dict[str, Tensor] = {f"model.{name}": value.clone() for name, value in weights.items()}
+        averages: Any = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)["state"]
+        for name, held in averages.items():
+            found |= {f"optimizer.{name}|{key}": value.clone() for key, value in held.items()}
         return found
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """The reverse of ``tensors``."""
-        own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        self.model.load_state_dict(own)
-        self.optimizer.state.clear()
-        for name, weight in self.model.named_parameters():
-            prefix = f"optimizer.{name}."
-            held = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
-            if held:
-                self.optimizer.state[weight] = held
+        own: dict[str, Any] = {
+            name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")
+        }
+        set_model_state_dict(self.model, own, options=_WHOLE)
+        averages: dict[str, Any] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                weight, _, key = name.removeprefix("optimizer.").rpartition("|")
+                averages.setdefault(weight, {})[key] = value.clone()
+        groups = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)["param_groups"]
+        set_optimizer_state_dict(self.model, self.optimizer, {"state": averages, "param_groups": groups}, options=_WHOLE)
 
 
 def train(
@@ -182,11 +196,14 @@ def train(
     """Train a shape on ``tokens``, shape (n,), and return one row for each of ``marks``, budgets in tokens.
 
     ``held_out`` has token ids by source. The sequences are read in an order that ``recipe.seed`` draws, the same for every
-    shape, and none twice. ``folder`` keeps checkpoints while the run goes on, and then a model for each mark, as transformers
-    saves it, and ``rows.json``; a call with the same arguments goes on where the last one stopped, or returns the rows.
-    Raises ``InputError`` for too few tokens, a folder of another run, one that cannot be written, and a loss that is no number.
+    shape, and none twice. ``folder`` keeps checkpoints, and a model for each mark, as transformers saves it; a call with the
+    same arguments goes on where the last one stopped, or returns the rows. Where torch.distributed is initialized the
+    weights are sharded over the processes (FSDP), each takes its part of every batch, and the first one writes. Raises
+    ``InputError`` for too few tokens, a folder of another run, one that cannot be written, and a loss that is no number.
     """
-    plan = phases(recipe, marks)
+    plan, n_processes = phases(recipe, marks), distributed.get_world_size() if distributed.is_initialized() else 1
+    if recipe.batch % (n_processes * recipe.accumulate):
+        raise InputError(f"a batch of {recipe.batch} cannot be shared by {n_processes} processes in {recipe.accumulate} parts")
     n_sequences, needed = (len(tokens) - 1) // recipe.sequence, plan[-1].end * recipe.batch
     if n_sequences < needed:
         raise InputError(
@@ -199,6 +216,10 @@ def train(
     torch.manual_seed(recipe.seed)
     model = OpenLMForCausalLM(OpenLMConfig.of(shape, max_tokens=recipe.sequence))
     model.to(device)  # type: ignore[arg-type]
+    if distributed.is_initialized():
+        mesh = init_device_mesh(torch.device(device).type, (distributed.get_world_size(),))
+        for part in (*model.layers, model):
+            fully_shard(part, mesh=mesh)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     state = _State(model, _optimizer(model, recipe))
@@ -214,13 +235,15 @@ def train(
             state.step += 1
             state.seconds = time.monotonic() - start_s
             progress(_told(state, plan, recipe))
-            if time.monotonic() - saved_s > save_every_s:
+            if _agreed(time.monotonic() - saved_s > save_every_s):
                 _save(folder, identity, state)
                 saved_s = time.monotonic()
         if phase.mark is not None:
             state.rows.append(_row(shape, state, phase.mark, recipe, held_out, device))
-            with _writing(folder):
-                model.save_pretrained(folder / f"model-{phase.mark}")
+            weights = get_model_state_dict(model, options=_WHOLE)
+            if _is_first():
+                with _writing(folder):
+                    model.save_pretrained(folder / f"model-{phase.mark}", state_dict=weights)
             assert state.trunk is not None
             state.put(state.trunk)
             state.losses, state.step, state.trunk = state.trunk_losses, phase.start, None
@@ -255,8 +278,10 @@ def _step(model: Any, state: _State, recipe: Recipe, phase: Phase, batch: Tensor
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(recipe, phase, state.step) * group["share"]
     state.optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for part in batch.to(device).chunk(recipe.accumulate):
+    total, n_processes, rank = torch.zeros((), device=device), 1, 0
+    if distributed.is_initialized():
+        n_processes, rank = distributed.get_world_size(), distributed.get_rank()
+    for part in batch.to(device).chunk(n_processes)[rank].chunk(recipe.accumulate):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.dtype == "bf16"):
             logits = model(input_ids=part[:, :-1], use_cache=False).logits
         logits = logits.float().flatten(0, 1)
@@ -264,14 +289,17 @@ def _step(model: Any, state: _State, recipe: Recipe, phase: Phase, batch: Tensor
         chosen = logits.gather(1, part[:, 1:].reshape(-1, 1)).squeeze(1)
         loss = ((z - chosen).mean() + recipe.z_loss * (z**2).mean()) / recipe.accumulate
         loss.backward()
-        total += loss.item()
-    if not math.isfinite(total):
+        total += loss.detach()
+    if n_processes > 1:
+        distributed.all_reduce(total)
+    told = total.item() / n_processes
+    if not math.isfinite(told):
         raise InputError(
-            f"the loss of step {state.step} is {total}; lower the learning rate or lengthen the warm-up, in another folder"
+            f"the loss of step {state.step} is {told}; lower the learning rate or lengthen the warm-up, in another folder"
         )
     nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip)
     state.optimizer.step()
-    return total
+    return told
 
 
 def held_out_loss(model: OpenLMForCausalLM, tokens: Tokens, sequence: int, device: str = "cpu") -> float:
@@ -329,6 +357,8 @@ def _save(folder: Path, identity: Mapping[str, Any], state: _State) -> None:
     name, tensors = f"checkpoint-{number}", state.tensors()
     if state.trunk is not None:
         tensors |= {f"trunk.{key}": value for key, value in state.trunk.items()}
+    if not _is_first():
+        return
     told = {key: getattr(state, key) for key in ("phase", "step", "losses", "seconds", "rows", "trunk_losses")}
     partial = folder / f"{name}.partial"
     with _writing(folder):
@@ -343,6 +373,18 @@ def _save(folder: Path, identity: Mapping[str, Any], state: _State) -> None:
     for old in sorted(_checkpoints(folder), key=lambda path: int(path.stem.partition("-")[2]))[:-KEPT]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def _agreed(due: bool) -> bool:
+    """What the first process thinks: all must save together, and their clocks differ."""
+    answer = [due]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(answer)
+    return answer[0]
+
+
+def _is_first() -> bool:
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 @contextmanager

@@ -141,6 +141,33 @@ run(__import__("pathlib").Path({str(tmp_path / "killed")!r}), text, save_every_s
     assert without_times(rows) == without_times(run(tmp_path / "whole", text))
 
 
+def test_two_processes_train_as_one(tmp_path, text):
+    """Sharded by FSDP over gloo on the CPU."""
+    np.save(tmp_path / "text.npy", text)
+    (tmp_path / "both.py").write_text(f"""
+import json, sys
+from pathlib import Path
+import numpy as np, torch
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_training import run
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rows = run(Path({str(tmp_path / "both")!r}), np.load({str(tmp_path / "text.npy")!r}), save_every_s=0.2)
+if torch.distributed.get_rank() == 0:
+    Path({str(tmp_path / "rows.json")!r}).write_text(json.dumps(rows))
+torch.distributed.destroy_process_group()
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, str(tmp_path / "both.py")], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = run(tmp_path / "one", text)
+    for ours, theirs in zip(json.loads((tmp_path / "rows.json").read_text()), one, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["mean_training_loss"] == pytest.approx(theirs["mean_training_loss"], abs=1e-5)
+    for name, weight in weights(tmp_path / "both", MARKS[1]).items():
+        assert torch.allclose(weight, weights(tmp_path / "one", MARKS[1])[name], atol=1e-4)
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, text):
     whole = run(tmp_path / "whole", text)
     with pytest.raises(Stop):
