@@ -121,6 +121,8 @@ def against_vllm_bench(c: Configuration, runs: int, blocks: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4x512/8192v")
+    # vllm bench latency draws token ids up to 10,000
+    parser.add_argument("--vllm-shape", default="4x512/16384v")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=150)
     parser.add_argument("--blocks", type=int, default=3, help="of runs of vLLM")
@@ -133,7 +135,7 @@ def main() -> None:
         injected_delays(c)
         twice(c, timing.Stopping(min_runs=arguments.runs, cap_s=45.0))
     if arguments.only != "harness":
-        sampled = Configuration(model=c.model, engine="vllm", threads=c.threads, out_tokens=64, temperature=1.0)
+        sampled = Configuration(model=arguments.vllm_shape, engine="vllm", threads=c.threads, out_tokens=64, temperature=1.0)
         against_vllm_bench(sampled, min(arguments.runs, 40), arguments.blocks)
 
 
