@@ -20,7 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from itertools import product
 from types import MappingProxyType
@@ -45,6 +45,7 @@ SAME_OPTIMUM = 1e-6  # relative difference in the sum of squares under which two
 # parameters can change by their own size while no loss changes in its fourth decimal, the last one
 # that is published (5e-5 of a loss of about 3).
 CONDITION_LIMIT = 6e4
+HUBER_SCALE = 1e-3  # of Huber's loss, as Hoffmann et al. 2022 use on ln L
 ROBUST_STARTS = 3  # resamples whose solutions a robust search also starts from
 ROBUST_ITERATIONS = 400  # of each; the paper's rows take about a hundred
 ONE_SIZE = 1.1  # largest over smallest value of a variable under which its term is a constant
@@ -144,16 +145,15 @@ def fit(
     positive: bool = True,
     weights: Array | pd.Series | None = None,
     loss: Loss = "squared",
-    loss_scale: float | None = None,
 ) -> Fit:
     """Fit a law to the rows that the 0/1 column ``fit_on`` marks (all without it).
 
     ``n_starts`` random exponents, drawn with ``seed``, start the search. ``positive`` holds the
     coefficients of the base and the irreducible loss at zero or above. ``weights``, shape (n,) over
     the table, multiply the squared residuals; rows of weight zero are not fitted. ``loss``: ``squared``, or
-    ``huber`` on the residuals or ``log-huber`` on those of ln L, both as sums, quadratic up to ``loss_scale``
-    (default: 1e-3, the scale Hoffmann et al. 2022 use on ln L, times the mean loss for ``huber``).
-    A robust search starts from the least-squares solution and those of ``ROBUST_STARTS`` resamples.
+    ``huber`` on the residuals or ``log-huber`` on those of ln L, both as sums, quadratic up to ``HUBER_SCALE``,
+    for ``huber`` times the mean loss. A robust search starts from the least-squares solution and those of
+    ``ROBUST_STARTS`` resamples.
 
     Raises ``InputError`` where the rows cannot determine the law: fewer rows than parameters, or a
     variable of the law that does not vary.
@@ -167,11 +167,11 @@ def fit(
     rows, row_weights = table[fitted], row_weights[fitted]
     check_rows(rows, law, fit_on)
     found = solve(rows, law, row_weights[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
-    values, converged, noise = found.values[0], bool(found.converged[0]), None
+    values, converged = found.values[0], bool(found.converged[0])
     if loss != "squared":
-        values, converged, noise = _robust(rows, law, row_weights, values, loss, loss_scale, positive, seed)
+        values, converged = _robust(rows, law, row_weights, values, loss, positive, seed)
     share = float(found.share_of_starts_at_best[0])
-    return _result(table, law, fitted, row_weights, loss, values, converged, n_starts, share, noise)
+    return _result(table, law, fitted, row_weights, loss, values, converged, n_starts, share)
 
 
 def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> Fit:
@@ -194,18 +194,14 @@ def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> F
     def predict(_: Array, *values: float) -> Array:
         return law.predict(values, variables)
 
-    options = (
-        {
-            "p0": [PUBLISHED_GAMMA_START[name] for name in law.parameters],
-            "bounds": (-np.inf, [PUBLISHED_GAMMA_BOUND if name == "gamma" else np.inf for name in law.parameters]),
-        }
-        if "gamma" in law.parameters
-        else {"p0": np.ones(len(law.parameters))}
-    )
+    start, high = np.ones(len(law.parameters)), np.full(len(law.parameters), np.inf)
+    if "gamma" in law.parameters:
+        start = np.array([PUBLISHED_GAMMA_START[name] for name in law.parameters])
+        high[law.parameters.index("gamma")] = PUBLISHED_GAMMA_BOUND
     with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         warnings.simplefilter("ignore", OptimizeWarning)  # no covariance; the status says so
         try:
-            values, _ = curve_fit(predict, np.arange(len(loss)), loss, maxfev=100_000, **options)
+            values, _ = curve_fit(predict, np.arange(len(loss)), loss, start, maxfev=100_000, bounds=(-np.inf, high))
         except RuntimeError as error:
             raise InputError(f"the published procedure does not converge on these rows ({error}); fit afresh") from None
     return _result(table, law, fitted, np.ones(len(loss)), "squared", values, True, 1, 1.0)
@@ -233,14 +229,15 @@ def solve(
     if near is not None:
         there = law.to_raw(np.concatenate([np.ones(len(law.linear)), near]), back)[len(law.linear) :]
         starts = np.vstack([starts, problem.searched(there)])
-    found = _best_of_starts(problem, starts)
+    searched, linear, sse, converged, share_at_best = found = _best_of_starts(problem, starts)
     # where the free optimum has no negative coefficient, it is the optimum without them, too
-    if positive and len(negative := np.flatnonzero((found.linear < 0).any(axis=1))):
+    if positive and len(negative := np.flatnonzero((linear < 0).any(axis=1))):
         held = _best_of_starts(_Problem(law, scaled, loss, np.sqrt(weights[negative]), positive=True), starts)
-        found.replace(negative, held)
+        for whole, part in zip(found, held, strict=True):
+            whole[negative] = part
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        values = law.to_raw(np.concatenate([found.linear, problem.nonlinear(found.nonlinear)], axis=1), units)
-    return Solutions(values, found.sse, found.converged, found.share_at_best)
+        values = law.to_raw(np.concatenate([linear, problem.nonlinear(searched)], axis=1), units)
+    return Solutions(values, sse, converged, share_at_best)
 
 
 class _Problem:
@@ -344,44 +341,27 @@ def _nonnegative(columns: list[Array], target: Array) -> tuple[Array, list[Array
     return linear, orthonormal, left
 
 
-@dataclass
-class _Searches:
-    """Where B searches stand or ended; after picking the best start of each problem, one row per problem."""
-
-    nonlinear: Array
-    linear: Array
-    sse: Array
-    converged: np.ndarray
-    share_at_best: Array
-
-    def replace(self, rows: np.ndarray, others: _Searches) -> None:
-        for field in fields(self):
-            getattr(self, field.name)[rows] = getattr(others, field.name)
-
-
-def _best_of_starts(problem: _Problem, starts: Array) -> _Searches:
-    """Search every problem from every start and keep the best of each."""
+def _best_of_starts(problem: _Problem, starts: Array) -> tuple[Array, Array, Array, np.ndarray, Array]:
+    """What the best search for each problem ends with, as ``_levenberg_marquardt``, and the share of starts that end there."""
     n_problems, n_starts = len(problem.root_weights), len(starts)
-    searched = _levenberg_marquardt(problem, np.tile(starts, (n_problems, 1)), np.repeat(np.arange(n_problems), n_starts))
-    sse = searched.sse.reshape(n_problems, n_starts)
-    least = sse.min(axis=1)
-    picked = np.arange(n_problems) * n_starts + sse.argmin(axis=1)
+    which = np.repeat(np.arange(n_problems), n_starts)
+    searched, linear, sse, converged = _levenberg_marquardt(problem, np.tile(starts, (n_problems, 1)), which)
+    by_start = sse.reshape(n_problems, n_starts)
+    picked = np.arange(n_problems) * n_starts + by_start.argmin(axis=1)
     # noiseless rows leave nothing but rounding of the sum of squares
     floor = 1e-24 * (problem.root_weights**2 @ problem.loss**2)
-    return _Searches(
-        nonlinear=searched.nonlinear[picked],
-        linear=searched.linear[picked],
-        sse=least,
-        converged=searched.converged[picked],
-        share_at_best=(sse <= (least * (1 + SAME_OPTIMUM) + floor)[:, None]).mean(axis=1),
-    )
+    share_at_best = (by_start <= (sse[picked] * (1 + SAME_OPTIMUM) + floor)[:, None]).mean(axis=1)
+    return searched[picked], linear[picked], sse[picked], converged[picked], share_at_best
 
 
-def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> _Searches:
-    """B searches at once, each from its row of ``start`` for the problem ``which`` names."""
+def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> tuple[Array, Array, Array, np.ndarray]:
+    """B searches at once, each from its row of ``start`` for the problem ``which`` names.
+
+    Returns where they end, (B, m), the linear parameters there, (B, k), the sums of squares and whether they converged.
+    """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         linear, sse, residual, jacobian = problem.evaluate(start, which)
-    result = _Searches(start.copy(), linear, sse, np.zeros(len(start), dtype=bool), np.zeros(len(start)))
+    searched, converged = start.copy(), np.zeros(len(start), dtype=bool)
     floor = 1e-28 * (problem.root_weights**2 @ problem.loss**2)[which]  # below it the residuals are rounding
     best_converged = np.full(len(problem.root_weights), np.inf)
     damping, growth = np.full(len(start), 3e-2), np.full(len(start), 2.0)
@@ -400,28 +380,28 @@ def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> 
         step = -np.linalg.solve(normal, (gradient / scale)[:, :, None])[:, :, 0] / scale
         # the decrease that the linear model promises, -2 g's - s'J'J s
         promised = -np.einsum("bm,bm->b", gradient, step) + damping[active] * np.einsum("bm,bm->b", diagonal, step**2)
-        moved = np.clip(result.nonlinear[active] + np.clip(step, -2.0, 2.0), problem.low, problem.high)
+        moved = np.clip(searched[active] + np.clip(step, -2.0, 2.0), problem.low, problem.high)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             new_linear, new_sse, new_residual, new_jacobian = problem.evaluate(moved, which[active])
-        before = result.sse[active]
+        before = sse[active]
         better = new_sse < before
         accepted = active[better]
-        result.nonlinear[accepted], result.linear[accepted] = moved[better], new_linear[better]
-        result.sse[accepted] = new_sse[better]
+        searched[accepted], linear[accepted] = moved[better], new_linear[better]
+        sse[accepted] = new_sse[better]
         residual[better], jacobian[:, better] = new_residual[better], new_jacobian[:, better]
         # Nielsen's rule: the better the linear model foretold the decrease, the more it is trusted
         gain = np.where(better, (before - new_sse) / np.maximum(promised, 1e-300), 0.0)
         damping[active] *= np.where(better, np.maximum(1 / 5, 1 - (2 * gain - 1) ** 3), growth[active])
         growth[active] = np.where(better, 2.0, 2 * growth[active])
         done = (promised <= TOLERANCE * before) | (before <= floor[active])
-        result.converged[active[done]] = True
-        np.minimum.at(best_converged, which[active[done]], result.sse[active[done]])
+        converged[active[done]] = True
+        np.minimum.at(best_converged, which[active[done]], sse[active[done]])
         # one that promises a hundredth of what parts it from an optimum already found will not get there
         hopeless = before - 100 * promised > best_converged[which[active]] * (1 + SAME_OPTIMUM)
         keep = ~(done | hopeless | (damping[active] > 1e12))
         if not keep.all():
             active, residual, jacobian = active[keep], residual[keep], jacobian[:, keep]
-    return result
+    return searched, linear, sse, converged
 
 
 def _starts(law: Law, n_starts: int, rng: np.random.Generator) -> Array:
@@ -492,35 +472,23 @@ def checked_weights(weights: Array | pd.Series, table: pd.DataFrame) -> Array:
 
 
 def _robust(
-    rows: pd.DataFrame,
-    law: Law,
-    weights: Array,
-    values: Array,
-    loss: Loss,
-    loss_scale: float | None,
-    positive: bool,
-    seed: int,
-) -> tuple[Array, bool, tuple[Array, Array]]:
+    rows: pd.DataFrame, law: Law, weights: Array, values: Array, loss: Loss, positive: bool, seed: int
+) -> tuple[Array, bool]:
     """Minimize a sum of Huber losses over all parameters, from the least-squares solution and those of resamples.
 
-    For ``log-huber`` the residual is ln(predicted / measured), whose derivative is that of the
-    prediction over the prediction. Coefficients that end below zero are set to it and held, unless not ``positive``.
-    Returns the values, whether the search converged and what ``_result`` makes the covariance of: a factor of
-    each row of the Jacobian and a stand-in for its residual. The covariance is Huber's (1973),
-    K^2 [sum psi^2 / (n - p)] / m^2 (J'J)^-1, with psi the residual cut off at the scale, m the share of
-    residuals inside it and K = 1 + p (1 - m) / (n m).
+    Coefficients that end below zero are set to it and held, unless not ``positive``. Returns the values and whether
+    the search converged.
     """
     measured = rows["loss"].to_numpy()
-    scale = loss_scale if loss_scale is not None else 1e-3 * (1.0 if loss == "log-huber" else measured.mean())
     units, back, variables = in_units(law, rows)
     n_rows, n_linear = len(rows), len(law.linear)
 
-    def evaluate(current: Array) -> tuple[Array, Array, Array]:
-        """Residuals (n,), Jacobian (n, p), and the factor (n,) that it has beyond that of the prediction."""
-        predicted = law.predict(current, variables)
-        factor = 1 / predicted if loss == "log-huber" else np.ones(n_rows)
-        residuals = np.log(predicted / measured) if loss == "log-huber" else predicted - measured
-        return residuals, law.jacobian(current, variables) * factor[:, np.newaxis], factor
+    def residuals(current: Array) -> Array:
+        return _residuals(law.predict(current, variables), measured, loss)[0]
+
+    def jacobian(current: Array) -> Array:
+        slopes = _residuals(law.predict(current, variables), measured, loss)[1]
+        return law.jacobian(current, variables) * slopes[:, np.newaxis]
 
     def search(start: Array, free: np.ndarray) -> tuple[Array, least_squares.Minimum]:
         def whole(part: Array) -> Array:
@@ -529,11 +497,10 @@ def _robust(
             return current
 
         found = least_squares.minimize(
-            lambda part: evaluate(whole(part))[0],
-            lambda part: evaluate(whole(part))[1][:, free],
+            lambda part: residuals(whole(part)),
+            lambda part: jacobian(whole(part))[:, free],
             start[free],
-            loss="huber",
-            loss_scale=scale,
+            huber_scale=_huber_scale(measured, loss),
             weights=weights,
             max_iterations=ROBUST_ITERATIONS,
         )
@@ -546,23 +513,32 @@ def _robust(
     # outliers drag the least-squares solutions of resamples to different places
     drawn = np.random.default_rng(seed).multinomial(n_rows, np.full(n_rows, 1 / n_rows), ROBUST_STARTS) * weights
     resampled = solve(rows, law, drawn, n_starts=1, seed=seed, positive=positive, near=values[n_linear:]).values
-    ends: list[tuple[float, bool, Array, Array]] = []
+    ends: list[tuple[float, bool, Array]] = []
     with np.errstate(all="ignore"):
         for start in law.to_raw(np.vstack([values, resampled]), back):
             with suppress(InputError):  # it predicts no finite losses there
                 end, found = search(start, np.ones(len(start), dtype=bool))
                 raw = law.to_raw(end, units)
                 if np.isfinite(raw).all() and np.isfinite(law.predict(raw, runs.variables(rows))).all():
-                    ends.append((found.cost, found.converged, end, raw))
+                    ends.append((found.cost, found.converged, raw))
     if not ends:
         raise InputError(
             f"every search for a least {loss} loss runs off to infinity; choose another loss, or a law of fewer terms"
         )
-    _, converged, best, raw = min(ends, key=lambda end: end[0])
-    residuals, _, factor = evaluate(best)
-    inside = float((np.abs(residuals) < scale).mean())
-    correction = (1 + len(best) * (1 - inside) / (n_rows * inside)) / inside if inside > 0 else np.nan
-    return raw, converged, (factor, np.clip(residuals, -scale, scale) * correction)
+    _, converged, best = min(ends, key=lambda end: end[0])
+    return best, converged
+
+
+def _residuals(predicted: Array, measured: Array, loss: Loss) -> tuple[Array, Array]:
+    """What a loss is a function of, and its derivative by the predicted loss, (n,) both."""
+    if loss == "log-huber":
+        return np.log(predicted / measured), 1 / predicted
+    return predicted - measured, np.ones(len(measured))
+
+
+def _huber_scale(measured: Array, loss: Loss) -> float:
+    """The residual up to which a loss is quadratic."""
+    return {"squared": np.inf, "huber": HUBER_SCALE * measured.mean(), "log-huber": HUBER_SCALE}[loss]
 
 
 def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[Array, Array]:
@@ -612,17 +588,24 @@ def _result(
     converged: bool,
     n_starts: int,
     share_of_starts_at_best: float,
-    noise: tuple[Array, Array] | None = None,
 ) -> Fit:
-    """The result object, from parameters for raw variables and the weights of the fitted rows; ``noise`` as in ``_robust``."""
+    """The result object, from parameters for raw variables and the weights of the fitted rows.
+
+    The covariance is Huber's (1973), K^2 [sum psi^2 / (n - p)] / m^2 (J'J)^-1, with psi the residual cut off at the
+    scale, m the share of residuals inside it and K = 1 + p (1 - m) / (n m); of squares, psi is the residual and K = m = 1.
+    """
     rows, root = table[fitted], np.sqrt(weights)
+    measured = rows["loss"].to_numpy()
+    scale = _huber_scale(measured, loss)
     status, condition = status_of(law, values, rows, converged, weights)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         loss_predicted = law.predict(values, runs.variables(table))
-        factor, residuals = noise or (np.ones(len(rows)), loss_predicted[fitted] - rows["loss"].to_numpy())
-        jacobian = law.jacobian(values, runs.variables(rows)) * (factor * root)[:, np.newaxis]
+        residuals, slopes = _residuals(loss_predicted[fitted], measured, loss)
+        inside = float(np.mean(np.abs(residuals) < scale))
+        correction = (1 + len(values) * (1 - inside) / (len(rows) * inside)) / inside if inside else np.nan
+        jacobian = law.jacobian(values, runs.variables(rows)) * (slopes * root)[:, np.newaxis]
         jacobian[:, : len(law.linear)][:, values[: len(law.linear)] == 0] = 0.0  # held, not estimated
-        covariance = covariance_of(jacobian, residuals * root)
+        covariance = covariance_of(jacobian, np.clip(residuals, -scale, scale) * correction * root)
         errors = np.sqrt(np.diag(covariance)).tolist()
     for array in (loss_predicted, covariance, fitted, weights):
         array.setflags(write=False)

@@ -39,7 +39,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,8 +47,6 @@ from morphlib.errors import InputError
 
 Array = NDArray[np.float64]
 Function = Callable[[Array], ArrayLike]
-Loss = Literal["squared", "huber"]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 MAX_ITERATIONS = 5000  # most problems take ten to a hundred; the longest valley of NIST's, MGH10, takes 1800
 TOLERANCE = 1e-10  # of the offset: values end within this fraction of their standard errors times sqrt(n - p)
@@ -93,7 +90,7 @@ class Minimum:
                      right. NaN where n = p or J is singular.
     standard_errors  (p,), the root of its diagonal
     cost             what was minimized: the sum of weight times rho(residual)
-    sse              the sum of squares at the final weights, those of Huber's loss included; the cost if squared
+    sse              the sum of squares at the final weights, those of Huber's loss included
     n_iterations     steps tried
     """
 
@@ -116,18 +113,16 @@ def minimize(
     jacobian: Function,
     start: ArrayLike,
     *,
-    loss: Loss = "squared",
-    loss_scale: float = 1.0,
+    huber_scale: float = np.inf,
     weights: ArrayLike | None = None,
     max_iterations: int = MAX_ITERATIONS,
-    tolerance: float = TOLERANCE,
 ) -> Minimum:
     """The values, near ``start`` of shape (p,), with the least sum of weight times rho(residual) over n rows.
 
-    ``residuals`` maps values (p,) to (n,), and ``jacobian`` to their derivatives (n, p). ``loss``:
-    ``squared``, rho(r) = r^2, or ``huber``, r^2 up to the scale s = ``loss_scale`` and 2 s |r| - s^2
-    beyond, in the units of the residuals. ``weights``, shape (n,), of at least zero, are one by default.
-    The search has converged when the relative offset is at most ``tolerance``.
+    ``residuals`` maps values (p,) to (n,), and ``jacobian`` to their derivatives (n, p). rho(r) is Huber's loss, r^2
+    up to the scale s = ``huber_scale`` and 2 s |r| - s^2 beyond, in the units of the residuals; without a scale, r^2.
+    ``weights``, shape (n,), of at least zero, are one by default. The search has converged when the relative offset
+    is at most ``TOLERANCE``.
 
     Raises ``InputError`` for a start, weights or settings that make no sense, for arrays that are no
     numbers or of other shapes than these, for fewer rows than parameters, and where residuals or
@@ -137,25 +132,25 @@ def minimize(
     values = _numbers("start", start, 1)
     if not (len(values) and np.isfinite(values).all()):
         raise InputError(f"start is {values.tolist()}; give a finite number for each parameter, and at least one")
-    if loss not in LOSSES:
-        raise InputError(f"{loss!r} is not a loss; choose one of {', '.join(LOSSES)}")
-    if not 0 < loss_scale < np.inf:
-        raise InputError(f"loss_scale is {loss_scale}; give a finite number above zero")
-    if max_iterations < 1 or not 0 <= tolerance < 1:
-        raise InputError(
-            f"max_iterations is {max_iterations} and tolerance {tolerance}; give at least 1, and from 0 to less than 1"
-        )
+    if not huber_scale > 0 or max_iterations < 1:
+        raise InputError(f"huber_scale is {huber_scale}, max_iterations {max_iterations}; give a number above zero for both")
     with np.errstate(all="ignore"):
-        row_weights = _checked_weights(residuals, jacobian, values, weights)
-        problem = _Problem(residuals, jacobian, row_weights, loss_scale if loss == "huber" else np.inf)
+        n_rows = len(_numbers("residuals", residuals(values.copy()), 1))
+        row_weights = np.ones(n_rows) if weights is None else _numbers("weights", weights, 1, (n_rows,))
+        if not (np.isfinite(row_weights) & (row_weights >= 0)).all():
+            raise InputError("weights hold a negative number or one that is not finite; give at least zero for each residual")
+        used = np.count_nonzero(row_weights)
+        if used < len(values):
+            raise InputError(f"{used} residuals of positive weight are too few for {len(values)} parameters; give more rows")
+        problem = _Problem(residuals, jacobian, row_weights, huber_scale)
         here = problem.evaluate(values)
         if here is None or 0 < np.abs(here.residual).max() < SMALLEST_START:
             raise InputError(
-                "residuals or jacobian overflow or underflow when squared at the start; use other units or start elsewhere"
+                "residuals or jacobian are not finite at the start, or overflow or underflow when squared; use other units, "
+                "leave rows out, or start elsewhere"
             )
-        here, n_iterations, status = _search(problem, here, max_iterations, tolerance)
-        freedom = np.count_nonzero(row_weights) - len(values)
-        covariance = here.inverse * (here.size**2 / freedom if freedom else np.nan)
+        here, n_iterations, status = _search(problem, here, max_iterations)
+        covariance = here.inverse * (here.size**2 / (used - len(values)) if used > len(values) else np.nan)
         errors = np.sqrt(np.diag(covariance))
     if status is Status.CONVERGED and not np.isfinite(here.inverse).all():
         status = Status.SINGULAR
@@ -247,12 +242,12 @@ class _Problem:
         return step, promised
 
 
-def _search(problem: _Problem, here: _Point, max_iterations: int, tolerance: float) -> tuple[_Point, int, Status]:
+def _search(problem: _Problem, here: _Point, max_iterations: int) -> tuple[_Point, int, Status]:
     """The point where the search ends, the steps tried, and how it ended."""
     longest = np.where(here.lengths > 0, here.lengths, 1.0)
     damping, growth = START_DAMPING, 2.0
     for n_iterations in range(max_iterations):
-        if here.slope <= tolerance * here.size:
+        if here.slope <= TOLERANCE * here.size:
             return here, n_iterations, Status.CONVERGED
         at_rounding = here.slope**2 <= here.rounding
         step, promised = problem.step(here, longest, damping)
@@ -270,40 +265,16 @@ def _search(problem: _Problem, here: _Point, max_iterations: int, tolerance: flo
             damping, growth = damping * max(1 / 3, 1 - (2 * gain - 1) ** 3), 2.0
         else:
             damping, growth = damping * growth, growth * 2
-    return here, max_iterations, Status.CONVERGED if here.slope <= tolerance * here.size else Status.NOT_CONVERGED
-
-
-def _checked_weights(residuals: Function, jacobian: Function, start: Array, weights: ArrayLike | None) -> Array:
-    """The weights (n,), ones by default, once what the functions give at the start is found right."""
-    first = _numbers("residuals", residuals(start.copy()), 1)
-    slopes = _numbers("jacobian", jacobian(start.copy()), 2, (len(first), len(start)))
-    for name, array in (("residuals", first), ("jacobian", slopes)):
-        bad = np.flatnonzero(~np.isfinite(array.reshape(len(first), -1)).all(axis=1))
-        if len(bad):
-            raise InputError(
-                f"{name} is not finite in {len(bad)} of {len(first)} rows at the start, first in row {bad[0]} (from 0); "
-                "start elsewhere or leave those rows out"
-            )
-    checked = np.ones(len(first)) if weights is None else _numbers("weights", weights, 1, first.shape)
-    if not (np.isfinite(checked) & (checked >= 0)).all():
-        raise InputError("weights hold a negative number or one that is not finite; give at least zero for each residual")
-    if np.count_nonzero(checked) < len(start):
-        raise InputError(
-            f"{np.count_nonzero(checked)} residuals of positive weight are too few for {len(start)} parameters; "
-            "give more rows or leave out parameters"
-        )
-    return checked
+    return here, max_iterations, Status.CONVERGED if here.slope <= TOLERANCE * here.size else Status.NOT_CONVERGED
 
 
 def _numbers(name: str, given: ArrayLike, n_axes: int, shape: tuple[int, ...] | None = None) -> Array:
     """A copy as floats, or ``InputError`` where it is no array of real numbers with that shape."""
     try:
-        array = np.asarray(given)
-    except ValueError:
-        array = np.array(None)  # rows of different lengths
-    if array.dtype.kind not in "fiub":
-        raise InputError(f"{name} must be an array of real numbers; give {n_axes} axes of equal rows, without text or gaps")
+        array = np.asarray(given).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be an array of real numbers; give equal rows, without text or gaps") from None
     if array.ndim != n_axes or (shape is not None and array.shape != shape):
         expected = f"shape {shape}" if shape else f"{n_axes} axis"
         raise InputError(f"{name} has shape {array.shape}; give {expected}, a row per residual and a column per parameter")
-    return array.astype(np.float64)
+    return array
