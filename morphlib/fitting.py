@@ -120,9 +120,15 @@ class Fit:
             )
         return table[self.fitted]
 
+    def variables(self, table: pd.DataFrame) -> dict[str, Array]:
+        """The variables of a run table that the law reads; raises ``InputError`` where N is not counted as in the fit."""
+        if "n_count" in table and (table["n_count"] != self.count).any():
+            raise InputError(f"N of these runs is not counted as in the fit ({self.count}); convert n_params to that")
+        return read_by(self.law, table)
+
     def predict(self, table: pd.DataFrame) -> Array:
         """The loss, in nats per token, predicted for the rows of a run table, shape (n,)."""
-        return self.law.predict(self.values, runs.variables(table))
+        return self.law.predict(self.values, self.variables(table))
 
 
 @dataclass(frozen=True)
@@ -267,10 +273,10 @@ class _Problem:
         ``searched`` has shape (B, m); ``which`` says which problem each row belongs to.
         """
         nonlinear = self.nonlinear(searched)
-        columns, slopes = self.law.basis(nonlinear, self.variables)
+        columns, rest, slopes = self.law.basis(nonlinear, self.variables)
         root = self.root_weights[which]
         weighted = [column * root for column in columns]
-        target = self.loss * root
+        target = (self.loss - rest) * root
         linear, orthonormal, residual = _least_squares(weighted, target)
         if self.positive and len(negative := np.flatnonzero((linear < 0).any(axis=1))):
             columns_there = [column[negative] for column in weighted]
@@ -427,14 +433,22 @@ def _starts(law: Law, n_starts: int, rng: np.random.Generator) -> Array:
 def in_units(law: Law, rows: pd.DataFrame) -> tuple[dict[str, float], dict[str, float], dict[str, Array]]:
     """Units, their inverses, and the variables of the rows in them: the unit of each is its geometric mean.
 
-    Parameters are then of order one: a coefficient is the size of its term in the middle of the rows.
+    Parameters are then of order one: a coefficient is the size of its term in the middle of the rows. The unit is one
+    for variables that a fixed parameter of the law reads.
     """
+    variables = read_by(law, rows)
+    means = {name: float(np.exp(np.log(values).mean())) for name, values in variables.items()}
+    units = means | dict.fromkeys(law.unscaled, 1.0)
+    back = {name: 1 / unit for name, unit in units.items()}
+    return units, back, {name: variables[name] * back[name] for name in units}
+
+
+def read_by(law: Law, rows: pd.DataFrame) -> dict[str, Array]:
+    """The variables of the rows that a law reads; raises ``InputError`` where a column for one is missing."""
     variables = runs.variables(rows)
     if missing := [name for name in law.variables if name not in variables]:
         raise InputError(f"{law.name} reads {', '.join(missing)}, which needs the column d_ff; add it to the table")
-    units = {name: float(np.exp(np.log(variables[name]).mean())) for name in law.variables}
-    back = {name: 1 / unit for name, unit in units.items()}
-    return units, back, {name: variables[name] * back[name] for name in units}
+    return {name: variables[name] for name in law.variables}
 
 
 def check_rows(rows: pd.DataFrame, law: Law, fit_on: str | None = None) -> None:
@@ -544,11 +558,11 @@ def _huber_scale(measured: Array, loss: Loss) -> float:
 def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[Array, Array]:
     """Parameters, (p,), and the Jacobian at ``rows``, (n, p), in the units of ``reference`` (``in_units``)."""
     _, back, _ = in_units(law, reference)
-    variables = runs.variables(rows)
+    variables = read_by(law, rows)
     # nonsense rows can drive an exponent so far that raw coefficients overflow
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         scaled = law.to_raw(values, back)
-        return scaled, law.jacobian(scaled, {name: variables[name] * back[name] for name in law.variables})
+        return scaled, law.jacobian(scaled, {name: column * back[name] for name, column in variables.items()})
 
 
 def linearized(table: pd.DataFrame, fit: Fit) -> tuple[pd.DataFrame, Array, Array, Array]:
