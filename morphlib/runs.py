@@ -108,7 +108,7 @@ def load(
     table = table.rename(columns={given: name for name, given in mapped.items()})
     if average_logs:
         table["loss"] = _losses_from_logs(table, where)
-    table = _validate(table, where, SCHEMA if measured or "loss" in table else SCHEMA.remove_columns(["loss"]))
+    table = check(table, where, measured=measured)
     if "n_kv_heads" in table and "n_heads" not in table:
         raise InputError(f"{where}: column n_heads is missing; n_kv_heads says nothing without it")
     if "n_count" not in table:
@@ -118,10 +118,15 @@ def load(
                 f"(--count), one of {', '.join(CONVENTIONS)}"
             )
         table["n_count"] = count
-    _check_duplicates(table, where)
-    _check_counts(table, where)
-    if count is not None:
-        table = _convert(table, count, where)
+    repeated = table.duplicated(["name", "tokens"])
+    if repeated.any():
+        row = int(repeated.to_numpy().argmax())
+        name, tokens = table.loc[row, ["name", "tokens"]]
+        raise InputError(
+            f"{where}: row {row + 2} repeats name {name!r} with {tokens:.0f} tokens; "
+            "keep one row per name and number of tokens, or give repeated runs names of their own"
+        )
+    table = _recounted(table, count, where)
     if table["n_count"].nunique() > 1:
         raise InputError(f"{where}: column n_count mixes conventions; pass one (--count) to convert the rows to it")
     if "family" not in table:
@@ -198,8 +203,6 @@ def _read(source: str | Path) -> pd.DataFrame:
     names = header.astype(str).str.strip()
     if names.duplicated().any():
         raise InputError(f"{source}: column {names[names.duplicated()].iloc[0]} is there twice; rename or remove one")
-    if table.empty:
-        raise InputError(f"{source}: has no rows; give at least as many runs as the law has parameters")
     return table.rename(columns=str.strip)
 
 
@@ -230,14 +233,21 @@ def loss_from_log(log: Path, tokens: float) -> float:
     return round(float(smoothed.mean()), 4)
 
 
-def _validate(table: pd.DataFrame, where: str, schema: pa.DataFrameSchema) -> pd.DataFrame:
-    """The table with its columns checked and cast; the fault highest up in the file is reported."""
+def check(table: pd.DataFrame, where: str, *, measured: bool = True) -> pd.DataFrame:
+    """The table with its columns checked and cast, its rows numbered; ``loss`` may be missing unless ``measured``.
+
+    Raises ``InputError`` for the fault highest up in the table, ``where``, whose rows are counted as lines of a file.
+    """
+    table = table.reset_index(drop=True)
+    schema = SCHEMA if measured or "loss" in table else SCHEMA.remove_columns(["loss"])
     required = [name for name, column in schema.columns.items() if column.required]
     if missing := [name for name in required if name not in table]:
         raise InputError(
-            f"{where}: column {', '.join(missing)} is missing; a run table has {', '.join(required)}, the file has "
+            f"{where}: column {', '.join(missing)} is missing; a run table has {', '.join(required)}, this one has "
             f"{', '.join(map(str, table.columns))}"
         )
+    if table.empty:
+        raise InputError(f"{where}: there are no rows; give at least one")
     try:
         valid = schema.validate(table, lazy=True)
     except pa.errors.SchemaErrors as errors:
@@ -256,17 +266,6 @@ def _validate(table: pd.DataFrame, where: str, schema: pa.DataFrameSchema) -> pd
     raise InputError(f"{where}: row {row + 2}, column {name}: {found} {expected}; mend or remove the row")
 
 
-def _check_duplicates(table: pd.DataFrame, where: str) -> None:
-    repeated = table.duplicated(["name", "tokens"])
-    if repeated.any():
-        row = int(repeated.to_numpy().argmax())
-        name, tokens = table.loc[row, ["name", "tokens"]]
-        raise InputError(
-            f"{where}: row {row + 2} repeats name {name!r} with {tokens:.0f} tokens; "
-            "keep one row per name and number of tokens, or give repeated runs names of their own"
-        )
-
-
 def _shape(row: pd.Series) -> Shape:
     heads = int(row["n_heads"]) if "n_heads" in row else 1
     return Shape.of(
@@ -280,32 +279,24 @@ def _shape(row: pd.Series) -> Shape:
     )
 
 
-def _check_counts(table: pd.DataFrame, where: str) -> None:
-    """N must agree with the shape, where the table says enough about the shape to count it."""
-    if not {"d_ff", "vocab"} <= set(table.columns):
-        return
+def _recounted(table: pd.DataFrame, count: Convention | None, where: str) -> pd.DataFrame:
+    """The table with ``n_params`` counted as ``count`` says, and checked if the table says enough about its shapes."""
+    missing = [name for name in ("d_ff", "vocab") if name not in table]
+    if missing and count is not None and (table["n_count"] != count).any():
+        raise InputError(f"{where}: n_params cannot be converted to {count}: column {', '.join(missing)} is missing; add it")
+    if missing:
+        return table
+    numbers = []
     for index, (_, row) in enumerate(table.iterrows()):
         try:
-            counted = _shape(row).n_params(row["n_count"])
+            shape = _shape(row)
         except ValueError as error:
             raise InputError(f"{where}: row {index + 2}: {error}") from None
+        counted = shape.n_params(row["n_count"])
         if abs(row["n_params"] - counted) > COUNT_TOLERANCE * counted:
             raise InputError(
                 f"{where}: row {index + 2}, column n_params: {row['n_params']:.0f} does not agree with the shape, which "
                 f"has {counted} parameters ({row['n_count']}); mend n_params, n_count or the shape"
             )
-
-
-def _convert(table: pd.DataFrame, count: Convention, where: str) -> pd.DataFrame:
-    """The table with every ``n_params`` counted as ``count`` says."""
-    if (table["n_count"] == count).all():
-        return table
-    if missing := [name for name in ("d_ff", "vocab") if name not in table]:
-        raise InputError(f"{where}: n_params cannot be converted to {count}: column {', '.join(missing)} is missing; add it")
-
-    def difference(row: pd.Series) -> int:
-        shape = _shape(row)
-        return shape.n_params(count) - shape.n_params(row["n_count"])
-
-    converted = table["n_params"] + table.apply(difference, axis="columns")
-    return table.assign(n_params=converted, n_count=count)
+        numbers.append(row["n_params"] + (shape.n_params(count or row["n_count"]) - counted))
+    return table.assign(n_params=numbers, n_count=count or table["n_count"])

@@ -84,7 +84,7 @@ FAULTS = {
     "kv heads without heads": (
         lambda t: t.drop(columns="n_heads").assign(n_kv_heads=4), "column n_heads is missing"),
     "a width beyond all": (lambda t: t.assign(d_model=1e25), "row 2, column d_model: 1e+25"),
-    "no rows": (lambda t: t.head(0), "has no rows"),
+    "no rows": (lambda t: t.head(0), "there are no rows"),
 }  # fmt: skip
 
 
