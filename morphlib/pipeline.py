@@ -30,17 +30,12 @@ def read_presets(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The presets file: preset -> notebook -> parameter -> value."""
     try:
         presets = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a presets file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())}); mend it") from None
-    nested = isinstance(presets, dict) and all(
-        isinstance(notebooks or {}, dict) and all(isinstance(v or {}, dict) for v in (notebooks or {}).values())
-        for notebooks in presets.values()
-    )
-    if not nested:
-        raise InputError(f"{path}: holds no presets; write preset, notebook, parameter and value as nested keys")
-    return {preset: {name: dict(v or {}) for name, v in (notebooks or {}).items()} for preset, notebooks in presets.items()}
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({error}); give a presets file") from None
+    try:
+        return {preset: {name: dict(v or {}) for name, v in (notebooks or {}).items()} for preset, notebooks in presets.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{path}: holds no presets; write preset, notebook, parameter and value as nested keys") from None
 
 
 def declared_parameters(notebook: Path) -> dict[str, ast.expr]:
@@ -50,10 +45,8 @@ def declared_parameters(notebook: Path) -> dict[str, ast.expr]:
     """
     try:
         content = nbformat.read(notebook, as_version=4)
-    except OSError as error:
-        raise InputError(f"{notebook}: cannot be read ({error.strerror}); give a notebook") from None
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError):
-        raise InputError(f"{notebook}: is not a notebook; give an .ipynb file") from None
+    except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+        raise InputError(f"{notebook}: cannot be read as a notebook ({type(error).__name__}); give an .ipynb file") from None
     cells = [cell for cell in content.cells if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise InputError(f"{notebook}: has {len(cells)} cells tagged 'parameters'; tag exactly one")
