@@ -68,9 +68,7 @@ def rank_next_runs(
     else:
         raise InputError(f"{law.name} has no parameter {parameter!r}; choose one of {', '.join(law.parameters)}")
     gain, cost = _relative_gain(jacobian / lengths, c, x), _training_flops(candidates)
-    ranked = pd.DataFrame(
-        {"name": candidates["name"], "gain": gain, "flops": cost, "gain_per_flop": gain / cost}, index=candidates.index
-    )
+    ranked = candidates[["name"]].assign(gain=gain, flops=cost, gain_per_flop=gain / cost)
     return ranked.sort_values("gain_per_flop", ascending=False, kind="stable")
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -30,7 +29,6 @@ MAX_EXACT = 9  # rows; 9! orders are 0.4 million, and beyond them the t approxim
 SAME_LOSS = 5e-4  # losses are published to 1e-4
 IMPLAUSIBLE_LOSS = 0.3  # nats; Shannon (1951) puts English at 0.4 to 0.9 per character
 BUDGET_TOLERANCE = 0.1
-POWER_OF = {"C/M": "N", "CM": "D"}  # variables that are another one raised to a power
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,7 @@ def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
             *_about_rows(law, variables, correlations, undetermined),
             *([f"{copies} of the rows are copies of others, so all errors are too small: remove them."] if copies else []),
         ),
-        correlations=MappingProxyType(correlations),
+        correlations=correlations,
         undetermined=undetermined,
         confounded=confounded,
     )
@@ -154,7 +152,7 @@ def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
 
 def _plain(names: Iterable[str]) -> dict[str, None]:
     """The variables that ``names`` are or are powers of: C/M and CM are powers of N and D."""
-    return dict.fromkeys(POWER_OF.get(name, name) for name in names)
+    return dict.fromkeys(runs.POWER_OF.get(name, name) for name in names)
 
 
 def _natural_scale(law: Law, name: str, value: float, variables: Mapping[str, Array]) -> float:
@@ -321,7 +319,7 @@ def held_out_losses(
             if status not in SOUND:
                 undetermined[labels[p]] = status.value
     predictions = table[["name", "tokens", "loss"]].assign(loss_predicted=predicted, fold=fold)[fold.notna()]
-    return HeldOut(predictions, MappingProxyType(undetermined))
+    return HeldOut(predictions, undetermined)
 
 
 def compare(
@@ -532,16 +530,15 @@ def repeated_rows(table: pd.DataFrame) -> np.ndarray:
 
 def _outliers(table: pd.DataFrame, fit: Fit) -> list[Finding]:
     rows, _, jacobian, residual = fitting.linearized(table, fit)
-    leverage = (fitting.orthonormal(jacobian[:, fitting.influential(jacobian)])[0] ** 2).sum(axis=1)
+    leverage = (fitting.orthonormal(jacobian)[0] ** 2).sum(axis=1)
     freedom = len(rows) - len(fit.values) - 1
     if freedom < 1:
         return []
-    rest = residual @ residual * (1 - leverage) - residual**2  # of the sum of squares, without the row, times 1 - leverage
+    total = residual @ residual
+    # what is left of it without the row, times 1 - leverage; nothing but rounding where the row makes up the whole sum
+    rest = np.maximum(total * (1 - leverage) - residual**2, 1e-12 * total)
     with np.errstate(divide="ignore", invalid="ignore"):
-        studentized = np.where(rest > 0, residual * np.sqrt(freedom / rest), np.nan)
-    # a row so far off that it makes up the whole sum of squares leaves none to compare it with
-    alone = (rest <= 0) & (residual**2 > 0.5 * (residual @ residual)) & (residual @ residual > 0)
-    studentized[alone] = np.sign(residual[alone]) * np.inf
+        studentized = residual * np.sqrt(freedom / rest)
     limit = float(stdtrit(freedom, 1 - 0.025 / len(rows)))
     return [
         Finding("outlier", f"{run} is {t:+.1f} standard deviations off the law (limit {limit:.1f}).", (row,))

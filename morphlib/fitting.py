@@ -30,9 +30,10 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import OptimizeWarning, curve_fit
 
-from morphlib import least_squares, runs
+from morphlib import runs
 from morphlib.errors import InputError
 from morphlib.laws import Array, Law
+from morphlib.least_squares import minimize
 from morphlib.shapes import Convention
 
 Loss = Literal["squared", "huber", "log-huber"]
@@ -61,10 +62,7 @@ class Status(Enum):
     """How a fit ended; the value is one sentence of meaning and one of advice."""
 
     CONVERGED = "The search met its tolerance. The standard errors say how well the rows determine each parameter."
-    NOT_CONVERGED = (
-        "The search stopped before it met its tolerance; the values are where it stopped. "
-        "Try more starts, or a law with fewer parameters."
-    )
+    NOT_CONVERGED = "The search stopped before it met its tolerance. Try more starts, or a law with fewer parameters."
     DEGENERATE = (
         "The rows cannot tell some parameters apart; predictions inside the range of the rows may be good, single "
         "parameters mean nothing. Tie exponents, or add runs that vary N, D and R apart."
@@ -77,10 +75,7 @@ class Status(Enum):
         "The search met its tolerance with a negative coefficient of N or D or a negative irreducible loss, which has no "
         "physical meaning. Do not extrapolate; add runs that vary N and D apart."
     )
-    EXACT = (
-        "There are as many rows as parameters, so the law passes through every row and nothing is known about its "
-        "errors. Add runs."
-    )
+    EXACT = "There are as many rows as parameters, so the law passes through all of them and its errors are unknown. Add runs."
 
 
 @dataclass(frozen=True)
@@ -466,13 +461,12 @@ def check_rows(rows: pd.DataFrame, law: Law, fit_on: str | None = None) -> None:
         "R": "aspect ratio (d_model / n_layers)",
         "d": "width (d_model)",
         "L": "depth (n_layers)",
-        "C/M": "size (n_params)",
-        "CM": "budget (tokens)",
     }
     for name, values in runs.variables(rows).items():
-        if name in law.variables and name in meaning and values.max() < ONE_SIZE * values.min():
+        read = runs.POWER_OF.get(name, name)
+        if name in law.variables and read in meaning and values.max() < ONE_SIZE * values.min():
             raise InputError(
-                f"{where}: all rows are of one {meaning[name]}, {values.min():.4g} to {values.max():.4g}, so "
+                f"{where}: all rows are of one {meaning[read]}, {values.min():.4g} to {values.max():.4g}, so "
                 f"{law.name} cannot be fitted; add runs that differ in it by a tenth or more"
             )
 
@@ -493,52 +487,41 @@ def _robust(
     Coefficients that end below zero are set to it and held, unless not ``positive``. Returns the values and whether
     the search converged.
     """
-    measured = rows["loss"].to_numpy()
+    measured, n_rows = rows["loss"].to_numpy(), len(rows)
+    scale = _huber_scale(measured, loss)
     units, back, variables = in_units(law, rows)
-    n_rows, n_linear = len(rows), len(law.linear)
 
-    def residuals(current: Array) -> Array:
-        return _residuals(law.predict(current, variables), measured, loss)[0]
+    def search(held: Law, start: Array) -> tuple[float, bool, Array]:
+        """The least loss, whether the search for it converged, and the values there, of the whole law and in raw units."""
 
-    def jacobian(current: Array) -> Array:
-        slopes = _residuals(law.predict(current, variables), measured, loss)[1]
-        return law.jacobian(current, variables) * slopes[:, np.newaxis]
+        def residuals(values: Array) -> Array:
+            return _residuals(held.predict(values, variables), measured, loss)[0]
 
-    def search(start: Array, free: np.ndarray) -> tuple[Array, least_squares.Minimum]:
-        def whole(part: Array) -> Array:
-            current = start.copy()
-            current[free] = part
-            return current
+        def jacobian(values: Array) -> Array:
+            slopes = _residuals(held.predict(values, variables), measured, loss)[1]
+            return held.jacobian(values, variables) * slopes[:, np.newaxis]
 
-        found = least_squares.minimize(
-            lambda part: residuals(whole(part)),
-            lambda part: jacobian(whole(part))[:, free],
-            start[free],
-            huber_scale=_huber_scale(measured, loss),
-            weights=weights,
-            max_iterations=ROBUST_ITERATIONS,
-        )
-        end = whole(found.values)
-        negative = free & (end < 0) & (np.arange(len(end)) < n_linear)
+        found = minimize(residuals, jacobian, start, huber_scale=scale, weights=weights, max_iterations=ROBUST_ITERATIONS)
+        negative = found.values[: len(held.linear)] < 0
         if positive and negative.any():
-            return search(np.where(negative, 0.0, end), free & ~negative)
-        return end, found
+            names = [name for name, below in zip(held.linear, negative, strict=True) if below]
+            return search(held.holding(dict.fromkeys(names, 0.0)), np.delete(found.values, np.flatnonzero(negative)))
+        ends = held.by_name(found.values, held.parameters)
+        return found.cost, found.converged, law.to_raw(np.concatenate([ends[name] for name in law.parameters]), units)
 
     # outliers drag the least-squares solutions of resamples to different places
     drawn = np.random.default_rng(seed).multinomial(n_rows, np.full(n_rows, 1 / n_rows), ROBUST_STARTS) * weights
-    resampled = solve(rows, law, drawn, n_starts=1, seed=seed, positive=positive, near=values[n_linear:]).values
+    near = values[len(law.linear) :]
+    resampled = solve(rows, law, drawn, n_starts=1, seed=seed, positive=positive, near=near).values
     ends: list[tuple[float, bool, Array]] = []
     with np.errstate(all="ignore"):
         for start in law.to_raw(np.vstack([values, resampled]), back):
             with suppress(InputError):  # it predicts no finite losses there
-                end, found = search(start, np.ones(len(start), dtype=bool))
-                raw = law.to_raw(end, units)
-                if np.isfinite(raw).all() and np.isfinite(law.predict(raw, runs.variables(rows))).all():
-                    ends.append((found.cost, found.converged, raw))
+                end = search(law, start)
+                if np.isfinite(end[2]).all() and np.isfinite(law.predict(end[2], runs.variables(rows))).all():
+                    ends.append(end)
     if not ends:
-        raise InputError(
-            f"every search for a least {loss} loss runs off to infinity; choose another loss, or a law of fewer terms"
-        )
+        raise InputError(f"every search for a least {loss} loss runs off to infinity; choose another loss or fewer terms")
     _, converged, best = min(ends, key=lambda end: end[0])
     return best, converged
 
@@ -651,27 +634,21 @@ def condition_numbers(jacobian: Array) -> Array:
 
 
 def orthonormal(jacobian: Array) -> tuple[Array, Array]:
-    """An orthonormal basis (n, p) and a root (p, p): J = basis root^-1 and (J'J)^-1 = root root'."""
+    """An orthonormal basis (n, q) of the q columns that are finite and not zero, and a root (p, p): (J'J)^-1 = root root'.
+
+    The root of other columns, such as those of a term held at zero, is NaN, and leaves the others alone.
+    """
     lengths = np.linalg.norm(jacobian, axis=0)  # raw columns differ by ten orders of magnitude
-    basis, singular, rotation = np.linalg.svd(jacobian / lengths, full_matrices=False)
-    return basis, (rotation.T / singular) / lengths[:, np.newaxis]
+    used = np.isfinite(lengths) & (lengths > 0)
+    basis, singular, rotation = np.linalg.svd(jacobian[:, used] / lengths[used], full_matrices=False)
+    root = np.zeros((len(used), len(used)))
+    root[~used] = np.nan
+    root[used, : len(singular)] = (rotation.T / singular) / lengths[used, np.newaxis]
+    return basis, root
 
 
 def covariance_of(jacobian: Array, residuals: Array) -> Array:
-    """s^2 (J'J)^-1 with s^2 = SSE / (n - p), for J of shape (n, p); NaN where n = p.
-
-    Columns without influence, such as those of a term held at zero, get NaN and leave the others alone.
-    """
+    """s^2 (J'J)^-1 with s^2 = SSE / (n - p), for J of shape (n, p); NaN where n = p, and for columns without influence."""
     n_rows, n_parameters = jacobian.shape
-    covariance = np.full((n_parameters, n_parameters), np.nan)
-    used = influential(jacobian)
-    if n_rows > n_parameters and len(used):
-        root = orthonormal(jacobian[:, used])[1]
-        covariance[np.ix_(used, used)] = residuals @ residuals / (n_rows - n_parameters) * root @ root.T
-    return covariance
-
-
-def influential(jacobian: Array) -> np.ndarray:
-    """The columns that are finite and not zero."""
-    lengths = np.linalg.norm(jacobian, axis=0)
-    return np.flatnonzero(np.isfinite(lengths) & (lengths > 0))
+    root = orthonormal(jacobian)[1]
+    return residuals @ residuals / (n_rows - n_parameters or np.nan) * root @ root.T

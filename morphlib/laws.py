@@ -62,18 +62,10 @@ class Base:
     def exponents(self) -> tuple[str, ...]:
         return tuple(power.exponent for power in self.powers)
 
-    def value(self, parameters: Values, variables: Values) -> Array:
-        value = parameters["E"]
-        for power in self.powers:
-            # c / x^e and not c x^-e, and E first, as in the authors' code: with the same rounding, their
-            # numerically differentiated fits repeat to the last digit
-            value = value + parameters[power.coefficient] / variables[power.variable] ** parameters[power.exponent]
-        return value
-
 
 @dataclass(frozen=True, slots=True)
 class ShapeTerm:
-    """A factor for the shape, one where the shape costs nothing; ``evaluate`` returns it and its derivative by each parameter.
+    """A factor for the shape, one where the shape costs nothing; ``evaluate`` returns it and its derivatives by name.
 
     A parameter ``log_X0`` is the logarithm of the variable X at which the shape costs least.
     """
@@ -93,25 +85,17 @@ def _power(parameters: Values, variables: Values) -> tuple[Array, dict[str, Arra
 
 def _log_quadratic(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
     """1 + epsilon (ln R - ln R0 - drift ln N)^2; without drift where the term has no such parameter."""
-    drift = parameters.get("drift")
-    distance = np.log(variables["R"]) - parameters["log_R0"]
-    if drift is not None:
-        distance = distance - drift * np.log(variables["N"])
+    log_n = np.log(variables["N"]) if "drift" in parameters else np.zeros(1)
+    distance = np.log(variables["R"]) - parameters["log_R0"] - parameters.get("drift", 0.0) * log_n
     slope = -2 * parameters["epsilon"] * distance
-    derivatives = {"epsilon": distance**2, "log_R0": slope}
-    if drift is not None:
-        derivatives["drift"] = slope * np.log(variables["N"])
-    return 1 + parameters["epsilon"] * distance**2, derivatives
+    return 1 + parameters["epsilon"] * distance**2, {"epsilon": distance**2, "log_R0": slope, "drift": slope * log_n}
 
 
 def _two_sided(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
     """1 + epsilon (R / R0 + R0 / R - 2)."""
     ratio = variables["R"] * np.exp(-parameters["log_R0"])
     cost = ratio + 1 / ratio - 2
-    return 1 + parameters["epsilon"] * cost, {
-        "epsilon": cost,
-        "log_R0": parameters["epsilon"] * (1 / ratio - ratio),
-    }
+    return 1 + parameters["epsilon"] * cost, {"epsilon": cost, "log_R0": parameters["epsilon"] * (1 / ratio - ratio)}
 
 
 def _conditional(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
@@ -206,9 +190,9 @@ class Law:
         """The free parameter that stands for ``parameter``: itself, unless it is tied."""
         return self.ties.get(parameter, parameter)
 
-    def holding(self, parameter: str, value: float) -> Law:
-        """The law with one of its free parameters fixed."""
-        return replace(self, fixed={**self.fixed, parameter: value})
+    def holding(self, values: Mapping[str, float]) -> Law:
+        """The law with some of its free parameters fixed."""
+        return replace(self, fixed={**self.fixed, **values})
 
     def predict(self, values: ArrayLike, variables: Values) -> Array:
         """The loss in nats per token.
@@ -217,8 +201,12 @@ class Law:
         Returns shape (..., n).
         """
         parameters = self.by_name(values, self.parameters)
-        base = self.base.value(parameters, variables)
-        return base if self.shape is None else base * self.shape.evaluate(parameters, variables)[0]
+        loss = parameters["E"]
+        for power in self.base.powers:
+            # c / x^e and not c x^-e, and E first, as in the authors' code: with the same rounding, their
+            # numerically differentiated fits repeat to the last digit
+            loss = loss + parameters[power.coefficient] / variables[power.variable] ** parameters[power.exponent]
+        return loss if self.shape is None else loss * self.shape.evaluate(parameters, variables)[0]
 
     def basis(self, nonlinear_values: Array, variables: Values) -> tuple[list[Array], Array, Callable[[Array], list[Array]]]:
         """The columns that the linear parameters multiply, the rest of the loss, and its slopes by the nonlinear ones.

@@ -63,21 +63,13 @@ EPSILON = float(np.finfo(float).eps)
 class Status(Enum):
     """How a search ended; the value is one sentence of meaning and one of advice."""
 
-    CONVERGED = (
-        "No step lowers the cost by more than the tolerance or rounding. Try other starts if the cost may have several minima."
-    )
-    SINGULAR = (
-        "The search met its tolerance where the data cannot tell some parameters apart, so they have no standard "
-        "errors. Fix or leave out a parameter, or start elsewhere."
-    )
+    CONVERGED = "No step lowers the cost beyond tolerance or rounding. Try other starts if it may have several minima."
+    SINGULAR = "The data cannot tell some parameters apart, so none has a standard error. Leave one out, or start elsewhere."
     STALLED = (
         "The derivatives promise a lower cost, but no step however short finds one. "
         "Check the Jacobian; if it is right, rounding hides what is left to gain, as where values run off to infinity."
     )
-    NOT_CONVERGED = (
-        "The search used up its iterations; the values are where it stopped. "
-        "Give more iterations, a better start, or a model with fewer parameters."
-    )
+    NOT_CONVERGED = "The search used up its iterations. Give more, a better start, or a model with fewer parameters."
 
 
 @dataclass(frozen=True)
@@ -164,7 +156,8 @@ class _Point:
     """Values and what a step from them needs: J = basis @ reduced and the residuals r, times the root of the weights.
 
     ``projected`` is basis' r; ``lengths`` are those of the columns of J, ``size`` that of r, ``slope`` that of
-    ``projected``. ``error`` is how far off r is if it is as wrong as rounding of the values, and its own, makes it.
+    ``projected``. ``error`` is how far off r is if it is as wrong as rounding of the values, and its own, makes it,
+    and ``rounding`` how far off the cost is then.
     ``inverse`` is (J'J)^-1, NaN where columns of J scaled to length one are dependent to rounding.
     """
 
@@ -180,11 +173,7 @@ class _Point:
     slope: float
     cost: float
     error: float
-
-    @property
-    def rounding(self) -> float:
-        """How far off the cost is."""
-        return self.error * (2 * self.size + self.error)
+    rounding: float
 
 
 @dataclass(frozen=True)
@@ -215,7 +204,8 @@ class _Problem:
         projected, slope = basis.T @ residual, float(np.linalg.norm(basis.T @ residual))
         inverse_root = (rotation.T / singular if seen.all() else np.full_like(rotation, np.nan)) / units[:, None]
         inverse = inverse_root @ inverse_root.T
-        return _Point(values, residual, root, basis, reduced, projected, inverse, lengths, size, slope, cost, error)
+        rounding = error * (2 * size + error)
+        return _Point(values, residual, root, basis, reduced, projected, inverse, lengths, size, slope, cost, error, rounding)
 
     def step(self, here: _Point, longest: Array, damping: float) -> tuple[Array, float]:
         """A step (p,) and the reduction it promises; a step of NaN, to be rejected, where the residuals bend too much."""

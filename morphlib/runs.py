@@ -19,13 +19,12 @@ from morphlib.errors import InputError
 from morphlib.laws import Array
 from morphlib.shapes import CONVENTIONS, Convention, Shape
 
-BUNDLED = {"paper": "paper_runs.csv"}
-
 # Norms, biases and a rounded figure move a count by less than this; the wrong convention moves
 # the paper's counts by 14 % or more.
 COUNT_TOLERANCE = 0.01
 
 
+POWER_OF = {"C/M": "N", "CM": "D"}  # variables that are another one raised to a power
 LARGEST_WHOLE = 2**31  # of a width, a depth or a vocabulary; beyond it the number is a slip
 
 
@@ -109,8 +108,6 @@ def load(
     if average_logs:
         table["loss"] = _losses_from_logs(table, where)
     table = check(table, where, measured=measured)
-    if "n_kv_heads" in table and "n_heads" not in table:
-        raise InputError(f"{where}: column n_heads is missing; n_kv_heads says nothing without it")
     if "n_count" not in table:
         if count is None:
             raise InputError(
@@ -141,8 +138,7 @@ def variables(table: pd.DataFrame) -> dict[str, Array]:
     ``M``, the parameters of the feed-forward layers over those of the attention, is there where the
     table has ``d_ff``.
     """
-    columns = {name: table[name].to_numpy(dtype=float) for name in ("n_params", "tokens", "d_model", "n_layers")}
-    n, d, width, depth = columns.values()
+    n, d, width, depth = (table[name].to_numpy(dtype=float) for name in ("n_params", "tokens", "d_model", "n_layers"))
     values = {
         "N": n,
         "D": d,
@@ -154,9 +150,8 @@ def variables(table: pd.DataFrame) -> dict[str, Array]:
         "CM": 6 * d**2,
     }
     if "d_ff" in table:
-        kv_share = 1.0
-        if "n_kv_heads" in table and "n_heads" in table:
-            kv_share = table["n_kv_heads"].to_numpy(dtype=float) / table["n_heads"].to_numpy(dtype=float)
+        heads = table.get("n_heads", 1.0)
+        kv_share = np.asarray(table.get("n_kv_heads", heads) / heads, dtype=float)
         values["M"] = 3 * table["d_ff"].to_numpy(dtype=float) / (2 * width * (1 + kv_share))
     return values
 
@@ -183,21 +178,19 @@ def size_families(n_params: pd.Series) -> pd.Series:
 
 
 def _read(source: str | Path) -> pd.DataFrame:
-    if source in BUNDLED:
-        with resources.files("morphlib").joinpath("data", BUNDLED[str(source)]).open(encoding="utf-8") as file:
+    if source == "paper":
+        with resources.files("morphlib").joinpath("data/paper_runs.csv").open(encoding="utf-8") as file:
             return pd.read_csv(file)
     try:
         with warnings.catch_warnings():
-            # a row with more fields than the header: pandas would shift the columns or cut the row
+            # of a row with more fields than the header, whose columns pandas would shift or cut
             warnings.simplefilter("error", pd.errors.ParserWarning)
             table = pd.read_csv(source, index_col=False, skipinitialspace=True, compression=None)
             header = pd.read_csv(source, header=None, nrows=1, dtype=str, skipinitialspace=True, compression=None).iloc[0]
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror or error}); give a CSV file or 'paper'") from None
-    except pd.errors.ParserWarning:
-        raise InputError(f"{source}: a row has more fields than the header; give every column a name") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise InputError(f"{source}: is not a CSV table ({str(error).strip()}); give a CSV file with a header") from None
+    except (OSError, pd.errors.ParserWarning, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{source}: cannot be read as a CSV table ({error}); give 'paper', or a CSV file whose header names every column"
+        ) from None
     if len(header) == 1 and any(mark in str(header[0]) for mark in ";\t"):
         raise InputError(f"{source}: the columns are not separated by commas; save the file with commas")
     names = header.astype(str).str.strip()
@@ -207,8 +200,7 @@ def _read(source: str | Path) -> pd.DataFrame:
 
 
 def _losses_from_logs(table: pd.DataFrame, where: str) -> list[float]:
-    if missing := [name for name in ("log", "tokens") if name not in table]:
-        raise InputError(f"{where}: column {', '.join(missing)} is missing; averaging logs needs it")
+    _need(table, ["log", "tokens"], where, "averaging logs needs it")
     tokens = pd.to_numeric(table["tokens"], errors="coerce").fillna(0.0)
     folder = Path(where).parent
     return [loss_from_log(folder / str(log), mark) for log, mark in zip(table["log"], tokens, strict=True)]
@@ -221,8 +213,7 @@ def loss_from_log(log: Path, tokens: float) -> float:
     average over all steps up to ``tokens``, rounded to four decimals (``EMA_epoch_loss.py`` of the authors' code).
     """
     steps = _read(log)
-    if missing := [name for name in ("tokens", "loss") if name not in steps]:
-        raise InputError(f"{log}: column {', '.join(missing)} is missing; a log has tokens and loss, one row per step")
+    _need(steps, ["tokens", "loss"], log, "a log has tokens and loss, one row per step")
     values = steps[["tokens", "loss"]].apply(pd.to_numeric, errors="coerce")
     if not np.isfinite(values.to_numpy()).all():
         row = int((~np.isfinite(values.to_numpy()).all(axis=1)).argmax())
@@ -233,6 +224,11 @@ def loss_from_log(log: Path, tokens: float) -> float:
     return round(float(smoothed.mean()), 4)
 
 
+def _need(table: pd.DataFrame, names: Sequence[str], where: str | Path, why: str) -> None:
+    if missing := [name for name in names if name not in table]:
+        raise InputError(f"{where}: column {', '.join(missing)} is missing; {why}")
+
+
 def check(table: pd.DataFrame, where: str, *, measured: bool = True) -> pd.DataFrame:
     """The table with its columns checked and cast, its rows numbered; ``loss`` may be missing unless ``measured``.
 
@@ -241,11 +237,10 @@ def check(table: pd.DataFrame, where: str, *, measured: bool = True) -> pd.DataF
     table = table.reset_index(drop=True)
     schema = SCHEMA if measured or "loss" in table else SCHEMA.remove_columns(["loss"])
     required = [name for name, column in schema.columns.items() if column.required]
-    if missing := [name for name in required if name not in table]:
-        raise InputError(
-            f"{where}: column {', '.join(missing)} is missing; a run table has {', '.join(required)}, this one has "
-            f"{', '.join(map(str, table.columns))}"
-        )
+    shown = ", ".join(map(str, table.columns))
+    _need(table, required, where, f"a run table has {', '.join(required)}, this one has {shown}")
+    if "n_kv_heads" in table:
+        _need(table, ["n_heads"], where, "n_kv_heads says nothing without it")
     if table.empty:
         raise InputError(f"{where}: there are no rows; give at least one")
     try:
@@ -267,12 +262,12 @@ def check(table: pd.DataFrame, where: str, *, measured: bool = True) -> pd.DataF
 
 
 def _shape(row: pd.Series) -> Shape:
-    heads = int(row["n_heads"]) if "n_heads" in row else 1
+    heads = int(row.get("n_heads", 1))
     return Shape.of(
         int(row["d_model"]),
         int(row["n_layers"]),
         n_heads=heads,
-        n_kv_heads=int(row["n_kv_heads"]) if "n_kv_heads" in row else heads,
+        n_kv_heads=int(row.get("n_kv_heads", heads)),
         d_ff=int(row["d_ff"]),
         vocab=int(row["vocab"]),
         tied=bool(row.get("tied", 0)),
@@ -281,10 +276,9 @@ def _shape(row: pd.Series) -> Shape:
 
 def _recounted(table: pd.DataFrame, count: Convention | None, where: str) -> pd.DataFrame:
     """The table with ``n_params`` counted as ``count`` says, and checked if the table says enough about its shapes."""
-    missing = [name for name in ("d_ff", "vocab") if name not in table]
-    if missing and count is not None and (table["n_count"] != count).any():
-        raise InputError(f"{where}: n_params cannot be converted to {count}: column {', '.join(missing)} is missing; add it")
-    if missing:
+    if count is not None and (table["n_count"] != count).any():
+        _need(table, ["d_ff", "vocab"], where, f"n_params cannot be converted to {count} without it")
+    if not {"d_ff", "vocab"} <= set(table.columns):
         return table
     numbers = []
     for index, (_, row) in enumerate(table.iterrows()):

@@ -196,18 +196,16 @@ def profile_interval(table: pd.DataFrame, fit: Fit, parameter: str, level: float
     estimate = fit.parameters[parameter]
     to_value: Callable[[float], float] = float
     low, high = -np.inf, np.inf
-    if parameter in law.linear[:-1] and positive:  # a coefficient may end orders of magnitude away
-        to_value, low, high = math.exp, -LOG_LIMIT, LOG_LIMIT
+    never_negative = parameter in law.base.exponents or (parameter in law.linear and positive)
+    if never_negative:  # a coefficient may end orders of magnitude away
+        to_value = math.exp
+        low, high = np.log(fitting.EXPONENT_RANGE) if parameter in law.base.exponents else (-LOG_LIMIT, LOG_LIMIT)
         estimate, step = np.log(estimate), min(step / estimate, 1.0)
-    elif parameter in law.linear and positive:
-        low = 0.0
-    elif parameter in law.base.exponents:
-        low, high = fitting.EXPONENT_RANGE
     elif parameter not in law.linear and not parameter.startswith("epsilon"):
         low, high = estimate - SHAPE_RANGE, estimate + SHAPE_RANGE
 
     def excess(searched: float) -> float:
-        held = law.holding(parameter, to_value(searched))
+        held = law.holding({parameter: to_value(searched)})
         near = np.delete(fit.values, index)[len(held.linear) :]
         found = fitting.solve(rows, held, fit.weights[np.newaxis], n_starts=PROFILE_STARTS, positive=positive, near=near)
         sse = float(found.sse[0])
@@ -216,7 +214,7 @@ def profile_interval(table: pd.DataFrame, fit: Fit, parameter: str, level: float
         return sse / least - 1 - t**2 / (n_rows - n_parameters)
 
     ends = [_crossing(excess, estimate, signed, limit) for signed, limit in ((-step, low), (step, high))]
-    none_below = 0.0 if (parameter in law.linear and positive) or parameter in law.base.exponents else -np.inf
+    none_below = 0.0 if never_negative else -np.inf
     return none_below if ends[0] == low else to_value(ends[0]), np.inf if ends[1] == high else to_value(ends[1])
 
 

@@ -89,11 +89,11 @@ FAULTS = {
 
 
 ODD_FILES = {
-    "more fields than the header": ("name,n_params\na,1,2\nb,1,2\n", "more fields than the header"),
-    "more fields in one row": ("name,n_params\na,1\nb,1,2\n", "not a CSV table"),
+    "more fields than the header": ("name,n_params\na,1,2\nb,1,2\n", "cannot be read as a CSV table"),
+    "more fields in one row": ("name,n_params\na,1\nb,1,2\n", "cannot be read as a CSV table"),
     "semicolons": ("name;n_params\na;1\n", "not separated by commas"),
     "a column twice": ("name,loss,loss\na,1,2\n", "column loss is there twice"),
-    "an empty file": ("", "is not a CSV table"),
+    "an empty file": ("", "cannot be read as a CSV table"),
 }
 
 
