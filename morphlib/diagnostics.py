@@ -90,8 +90,7 @@ def spearman_by_family(table: pd.DataFrame, predicted: Array) -> pd.Series:
 # --- What the rows can say about the parameters
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the fitted rows say about the parameters of a law.
 
     Standard errors and correlations are of parameters in the units in which each variable has the
@@ -228,8 +227,7 @@ def _variables_of(law: Law, parameter: str) -> set[str]:
 # --- Held-out rows
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOut:
+class HeldOut(NamedTuple):
     """Losses predicted for held-out rows, and the folds whose training rows are too weak for the law.
 
     ``predictions`` has the columns name, tokens, loss, loss_predicted and fold, and the table's index.
@@ -433,8 +431,7 @@ def spearman_exact(measured: ArrayLike, predicted: ArrayLike) -> tuple[float, fl
     return strength / math.sqrt(int(x @ x) * int(y @ y)), float((np.abs(inner) >= abs(strength)).mean())
 
 
-@dataclass(frozen=True, slots=True)
-class Orderings:
+class Orderings(NamedTuple):
     """``orders``, (k, m): models by position, lowest loss first, the most probable order first; ``probabilities``, (k,)."""
 
     orders: np.ndarray
@@ -465,8 +462,7 @@ def ordering_probability(predicted: ArrayLike, covariance: ArrayLike, n_draws: i
 # --- Slips in a table
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """Something odd in a run table: its kind, a sentence, and the index labels of the rows."""
 
     kind: Literal["near-duplicate", "duplicate", "loss", "budget", "outlier"]

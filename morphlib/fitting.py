@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import product
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -126,8 +126,7 @@ class Fit:
         return self.law.predict(self.values, self.variables(table))
 
 
-@dataclass(frozen=True)
-class Solutions:
+class Solutions(NamedTuple):
     """What the search found for each of P problems: values (P, p) in raw units, sums of squares, and how it went."""
 
     values: Array
@@ -164,15 +163,15 @@ def fit(
     if loss not in LOSSES:
         raise InputError(f"{loss!r} is not a loss; choose one of {', '.join(LOSSES)}")
     row_weights = np.ones(len(table)) if weights is None else checked_weights(weights, table)
-    fitted = runs.fit_mask(table, fit_on) & (row_weights > 0)
-    rows, row_weights = table[fitted], row_weights[fitted]
+    row_weights = row_weights * runs.fit_mask(table, fit_on)
+    rows, used = table[row_weights > 0], row_weights[row_weights > 0]
     check_rows(rows, law, fit_on)
-    found = solve(rows, law, row_weights[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
+    found = solve(rows, law, used[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
     values, converged = found.values[0], bool(found.converged[0])
     if loss != "squared":
-        values, converged = _robust(rows, law, row_weights, values, loss, positive, seed)
+        values, converged = _robust(rows, law, used, values, loss, positive, seed)
     share = float(found.share_of_starts_at_best[0])
-    return _result(table, law, fitted, row_weights, loss, values, converged, n_starts, share)
+    return _result(table, law, row_weights, loss, values, converged, n_starts, share)
 
 
 def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> Fit:
@@ -205,7 +204,7 @@ def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> F
             values, _ = curve_fit(predict, np.arange(len(loss)), loss, start, maxfev=100_000, bounds=(-np.inf, high))
         except RuntimeError as error:
             raise InputError(f"the published procedure does not converge on these rows ({error}); fit afresh") from None
-    return _result(table, law, fitted, np.ones(len(loss)), "squared", values, True, 1, 1.0)
+    return _result(table, law, fitted.astype(float), "squared", values, True, 1, 1.0)
 
 
 def solve(
@@ -282,45 +281,40 @@ class _Problem:
         for index, slope in enumerate(slopes(linear)):
             # d/d(ln e) = e d/de for an exponent
             unit = nonlinear[:, index, None] if self.is_exponent[index] else 1.0
-            jacobian[index] = -_left_over(orthonormal, slope * root * unit)
+            jacobian[index] = -_project(orthonormal, slope * root * unit)[1]
         sse = np.einsum("bn,bn->b", residual, residual)
         return linear, np.where(np.isfinite(sse), sse, np.inf), residual, jacobian
 
 
-def _left_over(orthonormal: list[Array], target: Array) -> Array:
-    """(I - Q Q') y for a stack of problems, Q given by its columns."""
-    left = target
-    for column in orthonormal:
-        left = left - np.einsum("bn,bn->b", column, left)[:, None] * column
-    return left
+def _project(orthonormal: list[Array], target: Array) -> tuple[Array, Array]:
+    """Q'y, (k, B), and what is left, (I - Q Q') y, (B, n), for a stack of problems; Q is given by its columns."""
+    along, left = np.empty((len(orthonormal), len(target))), target
+    for k, column in enumerate(orthonormal):
+        along[k] = np.einsum("bn,bn->b", column, left)
+        left = left - along[k][:, None] * column
+    return along, left
 
 
 def _least_squares(columns: list[Array], target: Array) -> tuple[Array, list[Array], Array]:
     """Linear least squares for a stack of problems: solutions (B, k), an orthonormal basis, residuals (B, n).
 
-    Modified Gram-Schmidt with the target carried along, which is backward stable (Bjorck 1967); one
+    Modified Gram-Schmidt on the columns and then the target, which is backward stable (Bjorck 1967); one
     column at a time over all problems is several times faster than a QR for each. A column that the
     others already span is left out and gets zero instead of infinity.
     """
     n_columns = len(columns)
     orthonormal: list[Array] = []
     triangle = np.zeros((n_columns, n_columns, len(target)))
-    right = np.empty((n_columns, len(target)))
-    residual = target
     for k, column in enumerate(columns):
-        rest = column
-        for i, done in enumerate(orthonormal):
-            triangle[i, k] = np.einsum("bn,bn->b", done, rest)
-            rest = rest - triangle[i, k][:, None] * done
+        triangle[:k, k], rest = _project(orthonormal, column)
         square = np.einsum("bn,bn->b", rest, rest)
         spanned = square <= 1e-28 * (square + (triangle[:k, k] ** 2).sum(axis=0))
         triangle[k, k] = np.where(spanned, np.inf, np.sqrt(square))
         orthonormal.append(rest / triangle[k, k][:, None])
-        right[k] = np.einsum("bn,bn->b", orthonormal[k], residual)
-        residual = residual - right[k][:, None] * orthonormal[k]
+    right, residual = _project(orthonormal, target)
     solution = np.empty((len(target), n_columns))
-    for k in range(n_columns - 1, -1, -1):
-        known = sum((triangle[k, i] * solution[:, i] for i in range(k + 1, n_columns)), np.zeros(len(target)))
+    for k in reversed(range(n_columns)):
+        known = (triangle[k, k + 1 :] * solution.T[k + 1 :]).sum(axis=0)
         solution[:, k] = (right[k] - known) / triangle[k, k]
     return solution, orthonormal, residual
 
@@ -576,22 +570,16 @@ def status_of(law: Law, values: Array, rows: pd.DataFrame, converged: bool, weig
 
 
 def _result(
-    table: pd.DataFrame,
-    law: Law,
-    fitted: np.ndarray,
-    weights: Array,
-    loss: Loss,
-    values: Array,
-    converged: bool,
-    n_starts: int,
-    share_of_starts_at_best: float,
+    table: pd.DataFrame, law: Law, weights: Array, loss: Loss, values: Array, converged: bool, n_starts: int, share: float
 ) -> Fit:
-    """The result object, from parameters for raw variables and the weights of the fitted rows.
+    """The result object, from parameters for raw variables and weights of the table's rows, zero of those not fitted.
 
     The covariance is Huber's (1973), K^2 [sum psi^2 / (n - p)] / m^2 (J'J)^-1, with psi the residual cut off at the
     scale, m the share of residuals inside it and K = 1 + p (1 - m) / (n m); of squares, psi is the residual and K = m = 1.
     """
-    rows, root = table[fitted], np.sqrt(weights)
+    fitted = weights > 0
+    rows, weights = table[fitted], weights[fitted]
+    root = np.sqrt(weights)
     measured = rows["loss"].to_numpy()
     scale = _huber_scale(measured, loss)
     status, condition = status_of(law, values, rows, converged, weights)
@@ -618,7 +606,7 @@ def _result(
         loss=loss,
         loss_predicted=loss_predicted,
         n_starts=n_starts,
-        share_of_starts_at_best=share_of_starts_at_best,
+        share_of_starts_at_best=share,
         condition_number=condition,
     )
 

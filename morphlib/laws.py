@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,8 +33,7 @@ Exponents = Literal["tied", "gamma", "free"]
 EXPONENTS: tuple[Exponents, ...] = get_args(Exponents)
 
 
-@dataclass(frozen=True, slots=True)
-class Power:
+class Power(NamedTuple):
     """The summand ``coefficient / variable ** exponent``."""
 
     coefficient: str
@@ -42,8 +41,7 @@ class Power:
     exponent: str
 
 
-@dataclass(frozen=True, slots=True)
-class Base:
+class Base(NamedTuple):
     """The irreducible loss E plus falling powers.
 
     ``tied`` maps an exponent to the one it equals unless each is free, ``fixed`` one that is no parameter to its value.
@@ -63,8 +61,7 @@ class Base:
         return tuple(power.exponent for power in self.powers)
 
 
-@dataclass(frozen=True, slots=True)
-class ShapeTerm:
+class ShapeTerm(NamedTuple):
     """A factor for the shape, one where the shape costs nothing; ``evaluate`` returns it and its derivatives by name.
 
     A parameter ``log_X0`` is the logarithm of the variable X at which the shape costs least.

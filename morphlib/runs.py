@@ -178,15 +178,13 @@ def size_families(n_params: pd.Series) -> pd.Series:
 
 
 def _read(source: str | Path) -> pd.DataFrame:
-    if source == "paper":
-        with resources.files("morphlib").joinpath("data/paper_runs.csv").open(encoding="utf-8") as file:
-            return pd.read_csv(file)
+    path = str(resources.files("morphlib") / "data/paper_runs.csv") if source == "paper" else source
     try:
         with warnings.catch_warnings():
             # of a row with more fields than the header, whose columns pandas would shift or cut
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(source, index_col=False, skipinitialspace=True, compression=None)
-            header = pd.read_csv(source, header=None, nrows=1, dtype=str, skipinitialspace=True, compression=None).iloc[0]
+            table = pd.read_csv(path, index_col=False, skipinitialspace=True, compression=None)
+            header = pd.read_csv(path, header=None, nrows=1, dtype=str, skipinitialspace=True, compression=None).iloc[0]
     except (OSError, pd.errors.ParserWarning, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(
             f"{source}: cannot be read as a CSV table ({error}); give 'paper', or a CSV file whose header names every column"

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -47,8 +48,7 @@ LOG_LIMIT = 690.0  # of the logarithm of a coefficient, short of overflow
 SHAPE_RANGE = 50.0  # distance from the estimate over which an exponent or optimum of a shape term is searched
 
 
-@dataclass(frozen=True, slots=True)
-class Covariance:
+class Covariance(NamedTuple):
     """A covariance of the parameters in raw units, shape (p, p), and the degrees of freedom of its t intervals."""
 
     matrix: Array
