@@ -84,17 +84,21 @@ def parameter_intervals(table: pd.DataFrame, fit: Fit, resamples: int, with_prof
 
 
 def predictions(table: pd.DataFrame, fit: Fit, new: pd.DataFrame) -> dict[str, pd.DataFrame | None]:
-    """Prediction intervals at new rows, of the law and of a run."""
+    """Intervals at new rows, of what the law says there and of a run."""
     made: dict[str, pd.DataFrame | None] = {}
+    slopes = fit.law.jacobian(fit.values, fit.variables(new))
+    own = u.Covariance(fit.covariance, len(table) - len(fit.values), len(table))
     for label, cluster in (("Wald t", None), ("CR3 by shape t", "name")):
-        for what, new_observation in (("law", False), ("run", True)):
-            try:
-                covariance = u.cluster_covariance(table, fit, cluster) if cluster else None
-                made[f"{what} at 1B, {label}"] = u.prediction_interval(
-                    new, fit, table, covariance=covariance, new_observation=new_observation
-                )
-            except InputError:
-                made[f"{what} at 1B, {label}"] = None
+        try:
+            covariance = u.cluster_covariance(table, fit, cluster) if cluster else own
+            of_run = u.prediction_interval(new, fit, table, covariance=covariance)
+        except InputError:
+            made |= {f"law at 1B, {label}": None, f"run at 1B, {label}": None}
+            continue
+        spread = np.sqrt(np.einsum("np,pq,nq->n", slopes, covariance.matrix, slopes))
+        half = stdtrit(covariance.degrees_of_freedom, 0.975) * spread
+        of_law = of_run.assign(low=of_run["loss"] - half, high=of_run["loss"] + half)
+        made |= {f"law at 1B, {label}": of_law, f"run at 1B, {label}": of_run}
     return made
 
 

@@ -123,11 +123,8 @@ def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
         errors = np.sqrt(np.diag(covariance))
         correlation = covariance / np.outer(errors, errors)
     names = law.parameters
-    confounded = tuple(
-        (names[i], names[j], float(correlation[i, j]))
-        for i, j in combinations(range(len(names)), 2)
-        if abs(correlation[i, j]) > CONFOUNDED
-    )
+    close = np.argwhere(np.triu(np.abs(correlation) > CONFOUNDED, k=1))
+    confounded = tuple((names[i], names[j], float(correlation[i, j])) for i, j in close)
     scales = [_natural_scale(law, name, value, variables) for name, value in zip(names, values, strict=True)]
     # written so that a standard error that is not a number counts as undetermined
     undetermined = tuple(
@@ -295,7 +292,7 @@ def held_out_losses(
     fold = splits(table, holdout)
     labels = list(fold.dropna().unique())
     out = np.array([fold == label for label in labels])
-    row_weights = runs.fit_mask(table, fit_on) * (1.0 if weights is None else fitting.checked_weights(weights, table))
+    row_weights = fitting.weights_of(table, fit_on, weights)
     used = row_weights > 0
     rows, training = table[used], (~out * row_weights)[:, used]
     undetermined: dict[str, str] = {}
@@ -354,7 +351,7 @@ def compare(
     shape = pd.Series(shape_numbers(table), table.index)[held[0].predictions.index].to_numpy()
     differences = [_rmse_difference(errors, squared[0], shape, n_resamples, seed) for errors in squared]
     names = ["rmse_difference", "rmse_difference_low", "rmse_difference_high"]
-    return compared.loc[order].reset_index(drop=True).assign(**dict(zip(names, zip(*differences, strict=True), strict=True)))
+    return compared.loc[order].reset_index(drop=True).join(pd.DataFrame(differences, columns=names))
 
 
 def _rmse_difference(
@@ -482,11 +479,10 @@ def audit(table: pd.DataFrame, fit: Fit | None = None) -> list[Finding]:
       5 % shared over the rows (Bonferroni; Cook and Weisberg 1982, section 2.2.2).
     """
     findings = [*_duplicates(table)]
-    if (low := (table["loss"] < IMPLAUSIBLE_LOSS).to_numpy()).any():
-        sentence = (
-            f"{int(low.sum())} losses are below {IMPLAUSIBLE_LOSS} nats per token, the first of {_runs(table)[low.argmax()]}."
-        )
-        findings.append(Finding("loss", sentence, tuple(table.index[low])))
+    low = table[table["loss"] < IMPLAUSIBLE_LOSS]
+    if len(low):
+        sentence = f"{len(low)} losses are below {IMPLAUSIBLE_LOSS} nats per token, the first of {_runs(low)[0]}."
+        findings.append(Finding("loss", sentence, tuple(low.index)))
     if "budget" in table:
         nominal = pd.to_numeric(table["budget"].astype(str).str.extract(r"^([\d.]+)N$")[0], errors="coerce").to_numpy()
         actual = (table["tokens"] / table["n_params"]).to_numpy()

@@ -69,7 +69,7 @@ class Status(Enum):
     )
     AT_BOUND = (
         "A coefficient that must not be negative is held at zero, so its term is missing and its exponent means nothing. "
-        "Add runs that vary N and D apart, or choose a law without the term."
+        "Add runs that vary N and D apart, choose a law without the term, or take intervals by bootstrap."
     )
     NEGATIVE = (
         "The search met its tolerance with a negative coefficient of N or D or a negative irreducible loss, which has no "
@@ -110,9 +110,7 @@ class Fit:
     def rows(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows of the table that were fitted; raises ``InputError`` where their number says it is another table."""
         if len(self.fitted) != len(table):
-            raise InputError(
-                f"the fit is of a table of {len(self.fitted)} rows and this one has {len(table)}; give the table fitted"
-            )
+            raise InputError(f"the fit is of {len(self.fitted)} rows and this table has {len(table)}; give the table fitted")
         return table[self.fitted]
 
     def variables(self, table: pd.DataFrame) -> dict[str, Array]:
@@ -162,16 +160,14 @@ def fit(
         raise InputError(f"n_starts is {n_starts}; give at least 1")
     if loss not in LOSSES:
         raise InputError(f"{loss!r} is not a loss; choose one of {', '.join(LOSSES)}")
-    row_weights = np.ones(len(table)) if weights is None else checked_weights(weights, table)
-    row_weights = row_weights * runs.fit_mask(table, fit_on)
+    row_weights = weights_of(table, fit_on, weights)
     rows, used = table[row_weights > 0], row_weights[row_weights > 0]
     check_rows(rows, law, fit_on)
     found = solve(rows, law, used[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
     values, converged = found.values[0], bool(found.converged[0])
     if loss != "squared":
         values, converged = _robust(rows, law, used, values, loss, positive, seed)
-    share = float(found.share_of_starts_at_best[0])
-    return _result(table, law, row_weights, loss, values, converged, n_starts, share)
+    return _result(table, law, row_weights, loss, values, converged, n_starts, float(found.share_of_starts_at_best[0]))
 
 
 def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> Fit:
@@ -465,12 +461,12 @@ def check_rows(rows: pd.DataFrame, law: Law, fit_on: str | None = None) -> None:
             )
 
 
-def checked_weights(weights: Array | pd.Series, table: pd.DataFrame) -> Array:
-    """The weights as an array, or ``InputError`` where they are no weights of the rows of this table."""
-    values = np.asarray(pd.to_numeric(weights, errors="coerce"), dtype=float)
+def weights_of(table: pd.DataFrame, fit_on: str | None, weights: Array | pd.Series | None) -> Array:
+    """The weight of each row, zero where ``fit_on`` leaves it out; ``InputError`` where weights are none of this table."""
+    values = np.ones(len(table)) if weights is None else np.asarray(pd.to_numeric(weights, errors="coerce"), dtype=float)
     if values.shape != (len(table),) or not (np.isfinite(values) & (values >= 0)).all() or not values.any():
         raise InputError(f"weights must be {len(table)} finite numbers of at least zero, one per row and not all zero")
-    return values
+    return values * runs.fit_mask(table, fit_on)
 
 
 def _robust(

@@ -105,8 +105,7 @@ def _conditional(parameters: Values, variables: Values) -> tuple[Array, dict[str
             cost = distance + np.exp(-distance) - 1
             factor = 1 + parameters[epsilon] * cost
             derivatives = {name: derivative * factor for name, derivative in derivatives.items()}
-            derivatives[epsilon] = value * cost
-            derivatives[f"log_{x}0"] = value * parameters[epsilon] * (np.exp(-distance) - 1)
+            derivatives |= {epsilon: value * cost, f"log_{x}0": value * parameters[epsilon] * (np.exp(-distance) - 1)}
             value = value * factor
     return value, derivatives
 

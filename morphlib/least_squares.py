@@ -39,6 +39,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,8 +67,7 @@ class Status(Enum):
     CONVERGED = "No step lowers the cost beyond tolerance or rounding. Try other starts if it may have several minima."
     SINGULAR = "The data cannot tell some parameters apart, so none has a standard error. Leave one out, or start elsewhere."
     STALLED = (
-        "The derivatives promise a lower cost, but no step however short finds one. "
-        "Check the Jacobian; if it is right, rounding hides what is left to gain, as where values run off to infinity."
+        "The derivatives promise a lower cost, but no step finds one. Check the Jacobian, or whether values run to infinity."
     )
     NOT_CONVERGED = "The search used up its iterations. Give more, a better start, or a model with fewer parameters."
 
@@ -151,8 +151,7 @@ def minimize(
     return Minimum(here.values, covariance, errors, here.cost, here.size**2, n_iterations, status)
 
 
-@dataclass(frozen=True)
-class _Point:
+class _Point(NamedTuple):
     """Values and what a step from them needs: J = basis @ reduced and the residuals r, times the root of the weights.
 
     ``projected`` is basis' r; ``lengths`` are those of the columns of J, ``size`` that of r, ``slope`` that of
@@ -176,8 +175,7 @@ class _Point:
     rounding: float
 
 
-@dataclass(frozen=True)
-class _Problem:
+class _Problem(NamedTuple):
     residuals: Function
     jacobian: Function
     weights: Array

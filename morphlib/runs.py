@@ -111,18 +111,14 @@ def load(
     if "n_count" not in table:
         if count is None:
             raise InputError(
-                f"{where}: nothing says how n_params is counted; add a column n_count or pass a convention "
-                f"(--count), one of {', '.join(CONVENTIONS)}"
+                f"{where}: no n_count says how n_params is counted; add the column, or --count, one of {', '.join(CONVENTIONS)}"
             )
         table["n_count"] = count
     repeated = table.duplicated(["name", "tokens"])
     if repeated.any():
         row = int(repeated.to_numpy().argmax())
         name, tokens = table.loc[row, ["name", "tokens"]]
-        raise InputError(
-            f"{where}: row {row + 2} repeats name {name!r} with {tokens:.0f} tokens; "
-            "keep one row per name and number of tokens, or give repeated runs names of their own"
-        )
+        raise InputError(f"{where}: row {row + 2} repeats name {name!r} with {tokens:.0f} tokens; keep one, or rename one")
     table = _recounted(table, count, where)
     if table["n_count"].nunique() > 1:
         raise InputError(f"{where}: column n_count mixes conventions; pass one (--count) to convert the rows to it")
@@ -163,10 +159,9 @@ def fit_mask(table: pd.DataFrame, column: str | None) -> np.ndarray:
     if column not in table:
         known = ", ".join(name for name in table.columns if name.startswith("fit_")) or "none here"
         raise InputError(f"the table has no column {column!r} to fit on; columns that mark fit sets: {known}")
-    values = table[column]
-    if not values.isin([0, 1]).all():
+    if not table[column].isin([0, 1]).all():
         raise InputError(f"column {column!r} cannot mark the rows to fit on; it must hold only 0 and 1")
-    return values.to_numpy() == 1
+    return table[column].to_numpy() == 1
 
 
 def size_families(n_params: pd.Series) -> pd.Series:

@@ -74,10 +74,9 @@ class Bootstrap:
         Of a logarithm where a resample put the parameter at zero or below, it is 0 to infinity.
         """
         on_log = _on_log(self.fit)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             values = np.where(on_log, np.log(np.where(on_log, np.maximum(self.values, 0.0), 1.0)), self.values)
-        finite = np.isfinite(values).all(axis=0)
-        with np.errstate(over="ignore"):
+            finite = np.isfinite(values).all(axis=0)
             deviations = np.where(finite, np.where(finite, values, 0.0).std(axis=0, ddof=1), np.inf)
         return _interval(self.fit, _t(level, self.n_clusters - 1) * deviations)
 
@@ -125,10 +124,7 @@ def cluster_covariance(table: pd.DataFrame, fit: Fit, cluster: str | None = None
         # Q'(I - Q Q')^-1 = (I - Q'Q)^-1 Q', so the matrix is as small as the law
         rest = np.eye(n_parameters) - own.T @ own
         if np.linalg.cond(rest) > SINGULAR:
-            raise InputError(
-                f"without the rows of {'row' if cluster is None else cluster} {label} the law is not determined, so their "
-                "influence cannot be told; leave them out of the fit, or take smaller clusters"
-            )
+            raise InputError(f"without {cluster or 'row'} {label} the law is not determined; drop it, or take smaller clusters")
         scores[g] = np.linalg.solve(rest, own.T @ residuals[codes == g])
     half = root @ scores.T
     freedom = len(rows) - n_parameters if cluster is None else len(labels) - 1
@@ -167,10 +163,7 @@ def bootstrap(
         found.append(refits[fitting.condition_numbers(jacobians) < SINGULAR])
     values = np.concatenate(found)
     if len(values) < max(2, n_resamples / 2):
-        raise InputError(
-            f"only {len(values)} of {n_resamples} resamples determine {law.name} ({law.exponents} exponents); "
-            "tie exponents, add runs, or take smaller clusters"
-        )
+        raise InputError(f"only {len(values)} of {n_resamples} resamples determine {law.name}; tie exponents or add runs")
     values.setflags(write=False)
     return Bootstrap(fit, values, n_clusters, n_resamples - len(values))
 
@@ -225,21 +218,18 @@ def prediction_interval(
     level: float = 0.95,
     *,
     covariance: Covariance | None = None,
-    new_observation: bool = True,
 ) -> pd.DataFrame:
     """Predicted losses (nats per token) of new runs: columns ``loss``, ``low``, ``high``, with the index of ``table_new``.
 
     The delta method: prediction -+ t sqrt(J0 V J0' + s^2), with s^2 = SSE / (n - p) of the rows of ``table``
-    that were fitted. ``new_observation=False`` leaves out s^2 and speaks of the law, not of a run.
-    ``covariance`` as in ``parameter_interval``. None of it covers the error of the law itself, which
-    grows outside the range of the rows. Raises ``InputError`` where N is not counted as in the fit.
+    that were fitted. ``covariance`` as in ``parameter_interval``. None of it covers the error of the law itself,
+    which grows outside the range of the rows. Raises ``InputError`` where N is not counted as in the fit.
     """
     _, basis, _, residuals = _linearized(table, fit)
     covariance = covariance or _own_covariance(fit)
     jacobian = fit.law.jacobian(fit.values, fit.variables(table_new))
-    variance = np.einsum("np,pq,nq->n", jacobian, covariance.matrix, jacobian)
-    if new_observation:
-        variance += residuals @ residuals / (len(basis) - len(fit.values))
+    noise = residuals @ residuals / (len(basis) - len(fit.values))
+    variance = noise + np.einsum("np,pq,nq->n", jacobian, covariance.matrix, jacobian)
     loss = fit.predict(table_new)
     # rounding can take a variance of zero just below it
     half = _t(level, covariance.degrees_of_freedom) * np.sqrt(np.maximum(variance, 0.0))
@@ -285,14 +275,8 @@ def _check_known(fit: Fit, *, squared: bool = False, at_bound: bool = False) -> 
     """Refuse a fit whose errors nothing is known of; a robust one if ``squared``, one at a bound unless ``at_bound``."""
     if squared and fit.loss != "squared":
         raise InputError(f"intervals other than by standard errors are of squared residuals; this fit is of loss {fit.loss}")
-    if fit.status is Status.EXACT:
-        raise InputError(f"{fit.law.name}: {fit.status.value}")
-    if fit.status is Status.AT_BOUND and not at_bound:
-        zero = ", ".join(name for name in fit.law.linear if fit.parameters[name] == 0)
-        raise InputError(
-            f"the fit of {fit.law.name} holds {zero} at its bound of zero, where linearization says nothing; "
-            "use bootstrap, add runs, or choose a law without the term"
-        )
+    if fit.status is Status.EXACT or (fit.status is Status.AT_BOUND and not at_bound):
+        raise InputError(f"{fit.law.name} has no standard errors. {fit.status.value}")
     if not (np.isfinite(fit.values).all() and (at_bound or np.isfinite(fit.covariance).all())):
         raise InputError(f"the fit of {fit.law.name} has parameters or standard errors that are not finite; tie exponents")
 

@@ -108,7 +108,7 @@ def test_a_gain_is_a_fraction_and_knows_no_units(paper, main, rows, power):
 def test_what_cannot_be_ranked_is_refused(paper, main):
     rank = design.rank_next_runs
     for arguments, message in (
-        ((paper.head(9), main, paper), "table of 76 rows and this one has 9"),
+        ((paper.head(9), main, paper), "the fit is of 76 rows and this table has 9"),
         ((paper, main, paper, paper, "alpha"), "not both"),
         ((paper, main, paper, None, "delta"), "no parameter 'delta'; choose one of A, B"),
         ((paper, main, paper.drop(columns=["tokens", "name"])), "candidates: column name, tokens is missing"),

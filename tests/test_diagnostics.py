@@ -106,7 +106,7 @@ def test_a_fit_of_another_table_is_refused(paper):
         lambda table, fit: diagnostics.information_criteria(fit, table),
         diagnostics.audit,
     ):
-        with pytest.raises(InputError, match="table of 76 rows and this one has 5"):
+        with pytest.raises(InputError, match="the fit is of 76 rows and this table has 5"):
             ask(paper.head(5), fit)
 
 
