@@ -496,8 +496,8 @@ def _robust(
         if positive and negative.any():
             names = [name for name, below in zip(held.linear, negative, strict=True) if below]
             return search(held.holding(dict.fromkeys(names, 0.0)), np.delete(found.values, np.flatnonzero(negative)))
-        ends = held.by_name(found.values, held.parameters)
-        return found.cost, found.converged, law.to_raw(np.concatenate([ends[name] for name in law.parameters]), units)
+        known = held.by_name(found.values, held.parameters)
+        return found.cost, found.converged, law.to_raw(np.concatenate([known[name] for name in law.parameters]), units)
 
     # outliers drag the least-squares solutions of resamples to different places
     drawn = np.random.default_rng(seed).multinomial(n_rows, np.full(n_rows, 1 / n_rows), ROBUST_STARTS) * weights

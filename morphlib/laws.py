@@ -221,7 +221,7 @@ class Law:
             known = self.by_name(np.concatenate([linear, nonlinear_values], axis=-1), self.parameters)
             terms = {name: known[name] * column for name, column in powers.items()}
             base = sum(terms.values(), known["E"])
-            result = dict.fromkeys(self.nonlinear, np.zeros(1))
+            result: dict[str, Array] = dict.fromkeys(self.nonlinear, np.zeros(1))
 
             def add(name: str, slope: Array) -> None:
                 if (free := self.free_name(name)) in result:
