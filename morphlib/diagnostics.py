@@ -217,7 +217,7 @@ def _about_rows(
 
 def _variables_of(law: Law, parameter: str) -> set[str]:
     """The variables whose term in the law a parameter belongs to."""
-    powers = [p.variable for p in law.base.powers if parameter in (p.coefficient, law.free_name(p.exponent))]
+    powers = [power.variable for power in law.base.powers if parameter in (power.coefficient, law.free_name(power.exponent))]
     return {*_plain(powers), *(law.shape.variables if law.shape and parameter in law.shape.parameters else ())}
 
 
