@@ -117,8 +117,8 @@ def load(
     repeated = table.duplicated(["name", "tokens"])
     if repeated.any():
         row = int(repeated.to_numpy().argmax())
-        name, tokens = table.loc[row, ["name", "tokens"]]
-        raise InputError(f"{where}: row {row + 2} repeats name {name!r} with {tokens:.0f} tokens; keep one, or rename one")
+        shape, tokens = table.loc[row, ["name", "tokens"]]
+        raise InputError(f"{where}: row {row + 2} repeats name {shape!r} with {tokens:.0f} tokens; keep one, or rename one")
     table = _recounted(table, count, where)
     if table["n_count"].nunique() > 1:
         raise InputError(f"{where}: column n_count mixes conventions; pass one (--count) to convert the rows to it")
