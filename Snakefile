@@ -12,7 +12,7 @@ from morphlib import pipeline
 PRESETS = pipeline.read_presets(Path("notebooks/presets.yml"))
 PRESET = config.get("preset", "laptop")
 NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
-CODE = sorted(map(str, Path("morphlib").rglob("*.py")))
+CODE = sorted(str(path) for path in Path("morphlib").rglob("*") if path.suffix in (".py", ".mplstyle"))
 DATA = sorted(map(str, Path("morphlib/data").glob("*.csv")))
 TIMING = ("01_latency_motivation", "02_latency_and_shape")  # they measure, and must be alone on the machine
 OWN_ROWS = Path("_build/own_latency.csv")  # what `make latency` measured

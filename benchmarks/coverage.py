@@ -19,6 +19,7 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from morphlib import diagnostics, fitting, laws, runs
 from morphlib import uncertainty as u
@@ -39,6 +40,12 @@ def noise_of(names: pd.Series, kind: str, size: float, rng: np.random.Generator)
     return size * (common + rng.normal(0.0, np.sqrt(1 - shared), len(names)))
 
 
+def plain(fit: Fit, errors: np.ndarray, freedom: int) -> pd.DataFrame:
+    """Estimate -+ t standard errors, without logarithms."""
+    half = stdtrit(freedom, 0.975) * errors
+    return pd.DataFrame({"low": fit.values - half, "high": fit.values + half}, index=list(fit.parameters))
+
+
 def parameter_intervals(table: pd.DataFrame, fit: Fit, resamples: int, with_profile: bool) -> dict[str, pd.DataFrame | None]:
     """Every kind of interval of the parameters, None where there is none."""
 
@@ -49,19 +56,24 @@ def parameter_intervals(table: pd.DataFrame, fit: Fit, resamples: int, with_prof
             return None
 
     made: dict[str, pd.DataFrame | None] = {}
-    made["Wald t, no logarithm"] = attempt(lambda: u.parameter_interval(fit, log=()))
-    made["Wald t"] = attempt(lambda: u.parameter_interval(fit))
+    wald = attempt(lambda: u.parameter_interval(fit))
+    errors = np.array(list(fit.standard_errors.values()))
+    made["Wald t, no logarithm"] = None if wald is None else plain(fit, errors, len(table) - len(errors))
+    made["Wald t"] = wald
     made["HC3 t"] = attempt(lambda: u.parameter_interval(fit, covariance=u.cluster_covariance(table, fit)))
     made["CR3 by shape t"] = attempt(lambda: u.parameter_interval(fit, covariance=u.cluster_covariance(table, fit, "name")))
     for label, cluster in (("row", None), ("shape", "name")):
+        kinds = [f"bootstrap by {label} {kind}" for kind in ("t, no logarithm", "t", "percentile")]
+        made |= dict.fromkeys(kinds)
         try:
             resampled = u.bootstrap(table, fit, resamples, cluster=cluster)
         except InputError:
-            resampled = None
-        made[f"bootstrap by {label} t, no logarithm"] = resampled and resampled.interval(log=())
-        made[f"bootstrap by {label} t"] = resampled and resampled.interval()
-        made[f"bootstrap by {label} percentile"] = resampled and resampled.interval(kind="percentile")
-        made[f"bootstrap by {label} basic"] = resampled and resampled.interval(kind="basic")
+            continue
+        low = np.quantile(resampled.values, 0.025, axis=0, method="lower")
+        high = np.quantile(resampled.values, 0.975, axis=0, method="higher")
+        percentile = pd.DataFrame({"low": low, "high": high}, index=list(fit.parameters))
+        without = plain(fit, resampled.values.std(axis=0, ddof=1), resampled.n_clusters - 1)
+        made |= dict(zip(kinds, (without, resampled.interval(), percentile), strict=True))
     if with_profile:
         made["profile"] = attempt(
             lambda: pd.DataFrame.from_dict(
@@ -72,17 +84,21 @@ def parameter_intervals(table: pd.DataFrame, fit: Fit, resamples: int, with_prof
 
 
 def predictions(table: pd.DataFrame, fit: Fit, new: pd.DataFrame) -> dict[str, pd.DataFrame | None]:
-    """Prediction intervals at new rows, of the law and of a run."""
+    """Intervals at new rows, of what the law says there and of a run."""
     made: dict[str, pd.DataFrame | None] = {}
+    slopes = fit.law.jacobian(fit.values, fit.variables(new))
+    own = u.Covariance(fit.covariance, len(table) - len(fit.values), len(table))
     for label, cluster in (("Wald t", None), ("CR3 by shape t", "name")):
-        for what, new_observation in (("law", False), ("run", True)):
-            try:
-                covariance = u.cluster_covariance(table, fit, cluster) if cluster else None
-                made[f"{what} at 1B, {label}"] = u.prediction_interval(
-                    new, fit, table, covariance=covariance, new_observation=new_observation
-                )
-            except InputError:
-                made[f"{what} at 1B, {label}"] = None
+        try:
+            covariance = u.cluster_covariance(table, fit, cluster) if cluster else own
+            of_run = u.prediction_interval(new, fit, table, covariance=covariance)
+        except InputError:
+            made |= {f"law at 1B, {label}": None, f"run at 1B, {label}": None}
+            continue
+        spread = np.sqrt(np.einsum("np,pq,nq->n", slopes, covariance.matrix, slopes))
+        half = stdtrit(covariance.degrees_of_freedom, 0.975) * spread
+        of_law = of_run.assign(low=of_run["loss"] - half, high=of_run["loss"] + half)
+        made |= {f"law at 1B, {label}": of_law, f"run at 1B, {label}": of_run}
     return made
 
 

@@ -16,8 +16,6 @@ It is local: it holds for the fitted parameters and the fitted law, and knows no
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq, minimize_scalar
@@ -27,10 +25,7 @@ from morphlib.errors import InputError
 from morphlib.fitting import CONDITION_LIMIT, Fit
 from morphlib.laws import Array, Law
 
-Strategy = Literal["gain", "gain_per_flop", "cheapest", "random"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 SEARCHED_RANGE = (1e3, 1e15)  # parameters and tokens, from the smallest toy to beyond any plan
-COLUMNS = ("name", "n_params", "d_model", "n_layers", "tokens")
 
 
 def rank_next_runs(
@@ -39,14 +34,13 @@ def rank_next_runs(
     candidates: pd.DataFrame,
     target: pd.DataFrame | None = None,
     parameter: str | None = None,
-    flops: Array | None = None,
 ) -> pd.DataFrame:
     """Candidates by what one more run of them would teach per FLOP, best first.
 
     ``candidates`` and ``target`` are run tables that need no loss. Columns of the result: name; ``gain``, the
     fraction, 0 to 1, by which the summed variance of the losses predicted for ``target`` (by default: the
-    candidates), or of ``parameter`` in the units of ``diagnostics.Verdict``, would fall; ``flops``, by
-    default 6 N D; gain_per_flop. Rows keep the index of ``candidates``.
+    candidates), or of ``parameter`` in the units of ``diagnostics.Verdict``, would fall; ``flops``, 6 N D;
+    gain_per_flop. Rows keep the index of ``candidates``.
 
     New runs have weight one. In directions that the rows leave open the variance is not infinite but
     what it would be at the largest condition number that a fit may have, so runs that would close them
@@ -56,27 +50,25 @@ def rank_next_runs(
         raise InputError("a design has one aim; give target rows or a parameter, not both")
     law = fit.law
     rows, _, jacobian, _ = fitting.linearized(table, fit)
-    _check(candidates, fit, "candidates")
     lengths = np.linalg.norm(jacobian, axis=0)
     if not np.isfinite(lengths).all():
         raise InputError("the fit has parameters without finite derivatives; fit again with fewer free parameters")
     lengths[lengths == 0] = 1.0
-    x = fitting.scaled_jacobian(law, fit.values, rows, candidates)[1] / lengths
-    if parameter is not None:
-        if law.free_name(parameter) not in law.parameters:
-            raise InputError(f"{law.name} has no parameter {parameter!r}; choose one of {', '.join(law.parameters)}")
+
+    def slopes(new: pd.DataFrame, what: str) -> Array:
+        runs.check(new, what, measured=False)
+        fit.variables(new)
+        return fitting.scaled_jacobian(law, fit.values, rows, new)[1] / lengths
+
+    x = slopes(candidates, "candidates")
+    if parameter is None:
+        c = x if target is None else slopes(target, "target rows")
+    elif law.free_name(parameter) in law.parameters:
         c = np.eye(len(law.parameters))[[law.parameters.index(law.free_name(parameter))]]
     else:
-        if target is not None:
-            _check(target, fit, "target rows")
-        c = fitting.scaled_jacobian(law, fit.values, rows, candidates if target is None else target)[1] / lengths
-    gain = _relative_gain(jacobian / lengths, c, x)
-    cost = _training_flops(candidates) if flops is None else np.asarray(flops)
-    if cost.shape != gain.shape or not (np.isfinite(cost) & (cost > 0)).all():
-        raise InputError(f"flops must be {len(gain)} positive numbers, one per candidate")
-    ranked = pd.DataFrame(
-        {"name": candidates["name"], "gain": gain, "flops": cost, "gain_per_flop": gain / cost}, index=candidates.index
-    )
+        raise InputError(f"{law.name} has no parameter {parameter!r}; choose one of {', '.join(law.parameters)}")
+    gain, cost = _relative_gain(jacobian / lengths, c, x), _training_flops(candidates)
+    ranked = candidates[["name"]].assign(gain=gain, flops=cost, gain_per_flop=gain / cost)
     return ranked.sort_values("gain_per_flop", ascending=False, kind="stable")
 
 
@@ -98,30 +90,30 @@ def cheapest_size(
     if not inference_tokens >= 0:
         raise InputError(f"inference_tokens is {inference_tokens}; give a number of at least zero")
 
-    def excess(log_n: float, log_d: float) -> float:
-        n, d = np.array([np.exp(log_n)]), np.array([np.exp(log_d)])
-        run = {"N": n, "D": d, "R": np.array([aspect_ratio or 1.0]), "C/M": 6 * n**2, "CM": 6 * d**2}
-        return float(law.predict(fit.values, run)[0]) - loss
+    low, high = np.log(SEARCHED_RANGE)
 
-    def log_tokens(log_n: float) -> float:
-        """ln D at which the loss is reached; infinite where it never is."""
-        low, high = np.log(SEARCHED_RANGE)
-        if excess(log_n, high) > 0:
-            return np.inf
-        return low if excess(log_n, low) < 0 else float(brentq(lambda log_d: excess(log_n, log_d), low, high, xtol=1e-12))
+    def cheapest(log_n: float) -> tuple[float, float]:
+        """The logarithms of the FLOPs and of the D with which a size reaches the loss; infinite where none does."""
 
-    def log_flops(log_n: float) -> float:
-        log_d = log_tokens(log_n)
-        return np.inf if log_d == np.inf else float(log_n + np.log(6 * np.exp(log_d) + 2 * inference_tokens))
+        def excess(log_d: float) -> float:
+            n, d = np.exp([log_n]), np.exp([log_d])
+            run = {"N": n, "D": d, "R": np.array([aspect_ratio or 1.0]), "C/M": 6 * n**2, "CM": 6 * d**2}
+            return float(law.predict(fit.values, run)[0]) - loss
 
-    grid = np.linspace(np.log(SEARCHED_RANGE[0]), np.log(SEARCHED_RANGE[1]), 400)
-    costs = np.array([log_flops(log_n) for log_n in grid])
+        if excess(high) > 0:
+            return np.inf, np.inf
+        log_d = low if excess(low) < 0 else float(brentq(excess, low, high, xtol=1e-12))
+        return float(log_n + np.log(6 * np.exp(log_d) + 2 * inference_tokens)), log_d
+
+    grid = np.linspace(low, high, 400)
+    costs = np.array([cheapest(log_n)[0] for log_n in grid])
     best = int(costs.argmin())
     if not np.isfinite(costs[best]):
         raise InputError(f"no size reaches a loss of {loss} by this fit; give a larger one")
     around = (grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)])
-    log_n = float(minimize_scalar(log_flops, bounds=around, method="bounded", options={"xatol": 1e-9}).x)
-    return float(np.exp(log_n)), float(np.exp(log_tokens(log_n))), float(np.exp(log_flops(log_n)))
+    log_n = minimize_scalar(lambda log_n: cheapest(log_n)[0], bounds=around, method="bounded", options={"xatol": 1e-9}).x
+    log_flops, log_d = cheapest(log_n)
+    return float(np.exp(log_n)), float(np.exp(log_d)), float(np.exp(log_flops))
 
 
 def _training_flops(rows: pd.DataFrame) -> Array:
@@ -170,9 +162,7 @@ def simulate_design(
         raise InputError(f"{n_added} runs cannot be added from {len(pool)}, some left to predict, in {n_random} random orders")
     cost = _training_flops(table)
     rng = np.random.default_rng(seed)
-    orders: list[tuple[Strategy, np.ndarray]] = [
-        (by, _order_by_gain(table, law, trained, aimed, by, n_added, n_starts, seed)) for by in ("gain", "gain_per_flop")
-    ]
+    orders = [(by, _order_by_gain(table, law, trained, aimed, by, n_added, n_starts, seed)) for by in ("gain", "gain_per_flop")]
     orders += [("cheapest", pool[np.argsort(cost[pool], kind="stable")][:n_added])]
     orders += [("random", rng.permutation(pool)[:n_added]) for _ in range(n_random)]
     masks = np.tile(trained, (len(orders), n_added + 1, 1))
@@ -195,7 +185,7 @@ def simulate_design(
 
 
 def _order_by_gain(
-    table: pd.DataFrame, law: Law, trained: np.ndarray, aimed: np.ndarray, by: Strategy, n_added: int, n_starts: int, seed: int
+    table: pd.DataFrame, law: Law, trained: np.ndarray, aimed: np.ndarray, by: str, n_added: int, n_starts: int, seed: int
 ) -> np.ndarray:
     """The rows that a planner would add, one at a time, each after a fit to what is trained by then."""
     trained, order, position = trained.copy(), [], np.arange(len(table))
@@ -206,18 +196,3 @@ def _order_by_gain(
         order.append(int(ranked.index.to_numpy()[ranked[by].to_numpy().argmax()]))
         trained[order[-1]] = True
     return np.array(order)
-
-
-def _check(rows: pd.DataFrame, fit: Fit, what: str) -> None:
-    if missing := [name for name in COLUMNS if name not in rows]:
-        raise InputError(f"{what}: column {', '.join(missing)} is missing; they need {', '.join(COLUMNS)}")
-    if rows.empty:
-        raise InputError(f"{what}: there are no rows; give at least one")
-    if "n_count" in rows and (rows["n_count"] != fit.count).any():
-        raise InputError(f"{what}: N is not counted as in the fit ({fit.count}); convert n_params to that")
-    numbers = rows[list(COLUMNS[1:])].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
-    if not (right := (np.isfinite(numbers) & (numbers > 0)).all(axis=1)).all():
-        name = rows["name"].iloc[int((~right).argmax())]
-        raise InputError(f"{what}: {', '.join(COLUMNS[1:])} of {name} must be positive numbers; mend or remove it")
-    if missing := [name for name in fit.law.variables if name not in runs.variables(rows)]:
-        raise InputError(f"{what}: {fit.law.name} reads {', '.join(missing)}, which needs the column d_ff; add it")

@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.special import ndtr, stdtrit
+from scipy.special import stdtrit
 
 from morphlib import fitting, runs
 from morphlib.errors import InputError
@@ -30,7 +29,6 @@ MAX_EXACT = 9  # rows; 9! orders are 0.4 million, and beyond them the t approxim
 SAME_LOSS = 5e-4  # losses are published to 1e-4
 IMPLAUSIBLE_LOSS = 0.3  # nats; Shannon (1951) puts English at 0.4 to 0.9 per character
 BUDGET_TOLERANCE = 0.1
-POWER_OF = {"C/M": "N", "CM": "D"}  # variables that are another one raised to a power
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ def metrics(measured: Array, predicted: Array) -> Metrics:
         mse=float(squared.mean()),
         rmse=float(np.sqrt(squared.mean())),
         r2=float(1 - squared.sum() / total) if total > 0 else np.nan,
-        mape_pct=float(100 * (np.abs(predicted - measured) / measured).mean()),
+        mape_pct=float(relative_error_pct(measured, predicted).mean()),
     )
 
 
@@ -92,8 +90,7 @@ def spearman_by_family(table: pd.DataFrame, predicted: Array) -> pd.Series:
 # --- What the rows can say about the parameters
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the fitted rows say about the parameters of a law.
 
     Standard errors and correlations are of parameters in the units in which each variable has the
@@ -107,8 +104,6 @@ class Verdict:
 
     identified: bool
     sentences: tuple[str, ...]
-    condition_number: float
-    share_of_starts_at_best: float
     correlations: Mapping[tuple[str, str], float]
     undetermined: tuple[str, ...]
     confounded: tuple[tuple[str, str, float], ...]
@@ -122,23 +117,18 @@ def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
     """
     law = fit.law
     rows, values, jacobian, residuals = fitting.linearized(table, fit)
-    variables = {name: runs.variables(rows)[name] for name in _read_variables(law)}
+    variables = {name: runs.variables(rows)[name] for name in dict.fromkeys(("N", "D", "R", *_plain(law.variables)))}
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         covariance = fitting.covariance_of(jacobian, residuals)
         errors = np.sqrt(np.diag(covariance))
         correlation = covariance / np.outer(errors, errors)
     names = law.parameters
-    confounded = tuple(
-        (names[i], names[j], float(correlation[i, j]))
-        for i, j in combinations(range(len(names)), 2)
-        if abs(correlation[i, j]) > CONFOUNDED
-    )
+    close = np.argwhere(np.triu(np.abs(correlation) > CONFOUNDED, k=1))
+    confounded = tuple((names[i], names[j], float(correlation[i, j])) for i, j in close)
     scales = [_natural_scale(law, name, value, variables) for name, value in zip(names, values, strict=True)]
     # written so that a standard error that is not a number counts as undetermined
     undetermined = tuple(
-        name
-        for name, value, error, scale in zip(names, values, errors, scales, strict=True)
-        if not error <= scale or _at_range_end(law, name, value)
+        name for name, value, error, scale in zip(names, values, errors, scales, strict=True) if not error <= scale
     )
     of_logarithms = pd.DataFrame(variables).apply(np.log).corr()  # NaN of a variable that does not vary
     correlations = {(a, b): float(of_logarithms[a][b]) for a, b in combinations(variables, 2)}
@@ -150,18 +140,15 @@ def identifiability(table: pd.DataFrame, fit: Fit) -> Verdict:
             *_about_rows(law, variables, correlations, undetermined),
             *([f"{copies} of the rows are copies of others, so all errors are too small: remove them."] if copies else []),
         ),
-        condition_number=fit.condition_number,
-        share_of_starts_at_best=fit.share_of_starts_at_best,
-        correlations=MappingProxyType(correlations),
+        correlations=correlations,
         undetermined=undetermined,
         confounded=confounded,
     )
 
 
-def _read_variables(law: Law) -> tuple[str, ...]:
-    """N, D and R, then what else the law reads; C/M and CM are powers of N and D."""
-    read = (POWER_OF.get(name, name) for name in law.variables)
-    return tuple(dict.fromkeys(("N", "D", "R", *read)))
+def _plain(names: Iterable[str]) -> dict[str, None]:
+    """The variables that ``names`` are or are powers of: C/M and CM are powers of N and D."""
+    return dict.fromkeys(runs.POWER_OF.get(name, name) for name in names)
 
 
 def _natural_scale(law: Law, name: str, value: float, variables: Mapping[str, Array]) -> float:
@@ -170,12 +157,10 @@ def _natural_scale(law: Law, name: str, value: float, variables: Mapping[str, Ar
         return float(np.ptp(np.log(variables[name[4]])))
     if name == "drift":  # the slope of ln R0 by ln N, which may well be zero
         return float(np.ptp(np.log(variables["R"])) / np.ptp(np.log(variables["N"])))
-    return abs(value)
-
-
-def _at_range_end(law: Law, name: str, value: float) -> bool:
     low, high = fitting.EXPONENT_RANGE
-    return (name in law.linear and value == 0) or (name in law.base.exponents and not 1.01 * low < value < 0.99 * high)
+    if name in law.base.exponents and not 1.01 * low < value < 0.99 * high:
+        return 0.0  # it ended where its range ends
+    return abs(value)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -206,7 +191,7 @@ def _about_rows(
     law: Law, variables: Mapping[str, Array], correlations: Mapping[tuple[str, str], float], undetermined: tuple[str, ...]
 ) -> Iterator[str]:
     """What about the rows leaves parameters open, each with the runs that would mend it."""
-    read = dict.fromkeys(POWER_OF.get(name, name) for name in law.variables)
+    read = _plain(law.variables)
     budget = variables["D"] / variables["N"]
     alike = np.abs(np.log(budget / np.median(budget))) < np.log(1.25)
     where = f"{budget[alike].min():.3g} to {budget[alike].max():.3g} tokens per parameter"
@@ -232,27 +217,14 @@ def _about_rows(
 
 def _variables_of(law: Law, parameter: str) -> set[str]:
     """The variables whose term in the law a parameter belongs to."""
-    powers = {
-        POWER_OF.get(power.variable, power.variable)
-        for power in law.base.powers
-        if parameter in (power.coefficient, law.free_name(str(power.exponent)))
-    }
-    return powers | (set(law.shape.variables) if law.shape and parameter in law.shape.parameters else set())
+    powers = [power.variable for power in law.base.powers if parameter in (power.coefficient, law.free_name(power.exponent))]
+    return {*_plain(powers), *(law.shape.variables if law.shape and parameter in law.shape.parameters else ())}
 
 
 # --- Held-out rows
 
 
-@dataclass(frozen=True, slots=True)
-class Folds:
-    """P ways of holding rows out: ``training``, (P, n), is 0 for a held-out row and 1 for the others."""
-
-    labels: tuple[str, ...]
-    training: Array
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOut:
+class HeldOut(NamedTuple):
     """Losses predicted for held-out rows, and the folds whose training rows are too weak for the law.
 
     ``predictions`` has the columns name, tokens, loss, loss_predicted and fold, and the table's index.
@@ -270,33 +242,30 @@ class HeldOut:
         return metrics(rows["loss"].to_numpy(), rows["loss_predicted"].to_numpy())
 
 
-def splits(table: pd.DataFrame, holdout: Holdout) -> Folds:
-    """The folds of a way to hold rows out.
+def splits(table: pd.DataFrame, holdout: Holdout) -> pd.Series:
+    """The label of the fold in which a row is held out; NaN where it never is.
 
     ``shape``: each shape (d_model, n_layers and n_params) with all its budgets and repeats, labelled by its
     first name. ``size``: each family. ``largest-n``: the family with the largest model. ``widest-r``:
     the ceil(n / 5) rows with the largest R = d_model / n_layers, and all as wide as the last of them.
     Raises ``InputError`` where a fold would leave nothing to train on.
     """
+    family = table["family"]
     if holdout == "shape":
-        group = shape_numbers(table)
-        labels = tuple(table["name"].groupby(group).first())
-        training = group != np.arange(len(labels))[:, None]
+        fold = table["name"].groupby(shape_numbers(table)).transform("first")
     elif holdout == "size":
-        labels = tuple(table["family"].unique())
-        training = table["family"].to_numpy() != np.array(labels, dtype=object)[:, None]
+        fold = family
     elif holdout == "largest-n":
-        family = table["family"].to_numpy()[table["n_params"].to_numpy().argmax()]
-        labels, training = (str(family),), (table["family"] != family).to_numpy()[None]
+        fold = family.where(family == family.iloc[table["n_params"].to_numpy().argmax()])
     elif holdout == "widest-r":
-        ratio = runs.variables(table)["R"]
-        least = np.sort(ratio)[-math.ceil(len(ratio) / 5)]
-        labels, training = (f"R >= {least:.4g}",), (ratio < least)[None]
+        ratio = table["d_model"] / table["n_layers"]
+        least = ratio.nlargest(math.ceil(len(ratio) / 5)).min()
+        fold = pd.Series(f"R >= {least:.4g}", table.index).where(ratio >= least)
     else:
         raise InputError(f"{holdout!r} is not a way to hold rows out; choose one of {', '.join(HOLDOUTS)}")
-    if not training.any(axis=1).all():
+    if (fold == fold.iloc[0]).all():
         raise InputError(f"holding out by {holdout} leaves no rows to train on; add runs that differ in it")
-    return Folds(labels, training.astype(float))
+    return fold
 
 
 def shape_numbers(table: pd.DataFrame) -> np.ndarray:
@@ -320,33 +289,32 @@ def held_out_losses(
     ``fitting.fit``; every row of a fold is predicted, marked or not. All folds are fitted at once, from
     ``n_starts`` random starts and the optimum of all training rows, which is only one more place to start from.
     """
-    folds = splits(table, holdout)
-    row_weights = runs.fit_mask(table, fit_on) * (1.0 if weights is None else fitting.checked_weights(weights, table))
+    fold = splits(table, holdout)
+    labels = list(fold.dropna().unique())
+    out = np.array([fold == label for label in labels])
+    row_weights = fitting.weights_of(table, fit_on, weights)
     used = row_weights > 0
-    rows, training = table[used], (folds.training * row_weights)[:, used]
+    rows, training = table[used], (~out * row_weights)[:, used]
     undetermined: dict[str, str] = {}
-    for label, weight in zip(folds.labels, training, strict=True):
+    for label, weight in zip(labels, training, strict=True):
         try:
             fitting.check_rows(rows[weight > 0], law)
         except InputError as error:
             undetermined[label] = str(error)
     predicted = np.full(len(table), np.nan)
-    if fitted := [p for p, label in enumerate(folds.labels) if label not in undetermined]:
+    if fitted := [p for p, label in enumerate(labels) if label not in undetermined]:
         start = fitting.solve(rows, law, row_weights[np.newaxis, used], seed=seed).values[0, len(law.linear) :]
         found = fitting.solve(rows, law, training[fitted], n_starts=n_starts, seed=seed, near=start)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             losses = law.predict(found.values, runs.variables(table))
         for p, loss, values, converged in zip(fitted, losses, found.values, found.converged, strict=True):
-            held = folds.training[p] == 0
-            predicted[held] = loss[held]
+            predicted[out[p]] = loss[out[p]]
             trained = training[p] > 0
             status, _ = fitting.status_of(law, values, rows[trained], bool(converged), training[p][trained])
             if status not in SOUND:
-                undetermined[folds.labels[p]] = status.value
-    held = (folds.training == 0).any(axis=0)
-    fold = np.array(folds.labels, dtype=object)[(folds.training == 0).argmax(axis=0)]
-    predictions = table[["name", "tokens", "loss"]].assign(loss_predicted=predicted, fold=fold)[held]
-    return HeldOut(predictions, MappingProxyType(undetermined))
+                undetermined[labels[p]] = status.value
+    predictions = table[["name", "tokens", "loss"]].assign(loss_predicted=predicted, fold=fold)[fold.notna()]
+    return HeldOut(predictions, undetermined)
 
 
 def compare(
@@ -383,7 +351,7 @@ def compare(
     shape = pd.Series(shape_numbers(table), table.index)[held[0].predictions.index].to_numpy()
     differences = [_rmse_difference(errors, squared[0], shape, n_resamples, seed) for errors in squared]
     names = ["rmse_difference", "rmse_difference_low", "rmse_difference_high"]
-    return compared.loc[order].reset_index(drop=True).assign(**dict(zip(names, zip(*differences, strict=True), strict=True)))
+    return compared.loc[order].reset_index(drop=True).join(pd.DataFrame(differences, columns=names))
 
 
 def _rmse_difference(
@@ -460,51 +428,38 @@ def spearman_exact(measured: ArrayLike, predicted: ArrayLike) -> tuple[float, fl
     return strength / math.sqrt(int(x @ x) * int(y @ y)), float((np.abs(inner) >= abs(strength)).mean())
 
 
-@dataclass(frozen=True, slots=True)
-class Orderings:
-    """``orders``, (k, m): models by position, lowest loss first, the most probable order first; ``probabilities``, (k,).
-
-    ``better``, (m, m): the probability that the model of the row has a lower loss than that of the column.
-    """
+class Orderings(NamedTuple):
+    """``orders``, (k, m): models by position, lowest loss first, the most probable order first; ``probabilities``, (k,)."""
 
     orders: np.ndarray
     probabilities: Array
-    better: Array
 
 
 def ordering_probability(predicted: ArrayLike, covariance: ArrayLike, n_draws: int = 10_000, seed: int = 0) -> Orderings:
     """How probable each order of m models is, their predicted losses, (m,), being normal with that covariance, (m, m).
 
-    Orders are counted over ``n_draws``; pairs are exact, Phi((l_j - l_i) / sd(l_i - l_j)). The covariance
-    of what a law predicts is J C J', with C that of its parameters; add the noise of a run to the diagonal to
-    ask about measured losses. Raises ``InputError`` for a matrix that is no covariance.
+    Orders are counted over ``n_draws``. The covariance of what a law predicts is J C J', with C that of its
+    parameters; add the noise of a run to the diagonal to ask about measured losses. Raises ``InputError`` for a
+    matrix that is no covariance.
     """
     mean, matrix = np.asarray(predicted, dtype=float), np.asarray(covariance, dtype=float)
     m = mean.size
     if mean.shape != (m,) or matrix.shape != (m, m) or not (m and np.isfinite(mean).all() and np.isfinite(matrix).all()):
         raise InputError(f"orders need m predictions and a finite m x m covariance, not shapes {mean.shape}, {matrix.shape}")
-    eigenvalues, vectors = np.linalg.eigh(matrix)
-    largest = np.abs(eigenvalues).max()
-    if not np.allclose(matrix, matrix.T, rtol=1e-6, atol=1e-9 * largest) or eigenvalues.min() < -1e-6 * largest:
+    largest = np.abs(matrix).max()
+    asymmetric = not np.allclose(matrix, matrix.T, rtol=1e-6, atol=1e-9 * largest)
+    if asymmetric or np.linalg.eigvalsh(matrix).min() < -1e-6 * largest:
         raise InputError("the covariance of the predictions is not symmetric or has negative variances; give J C J'")
-    if n_draws < 1:
-        raise InputError(f"n_draws is {n_draws}; give at least 1")
-    root = vectors * np.sqrt(np.clip(eigenvalues, 0, None))
-    draws = mean + np.random.default_rng(seed).standard_normal((n_draws, m)) @ root.T
+    draws = np.random.default_rng(seed).multivariate_normal(mean, matrix, n_draws, check_valid="ignore", method="eigh")
     orders, counts = np.unique(np.argsort(draws, axis=1), axis=0, return_counts=True)
     likeliest = np.argsort(-counts, kind="stable")
-    variance = np.diag(matrix)[:, None] + np.diag(matrix) - 2 * matrix
-    spread = np.sqrt(np.clip(variance, 0, None))
-    apart = mean[None, :] - mean[:, None]
-    better = np.where(spread > 0, ndtr(apart / np.where(spread > 0, spread, 1)), (1 + np.sign(apart)) / 2)
-    return Orderings(orders[likeliest], counts[likeliest] / n_draws, better)
+    return Orderings(orders[likeliest], counts[likeliest] / n_draws)
 
 
 # --- Slips in a table
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """Something odd in a run table: its kind, a sentence, and the index labels of the rows."""
 
     kind: Literal["near-duplicate", "duplicate", "loss", "budget", "outlier"]
@@ -524,11 +479,10 @@ def audit(table: pd.DataFrame, fit: Fit | None = None) -> list[Finding]:
       5 % shared over the rows (Bonferroni; Cook and Weisberg 1982, section 2.2.2).
     """
     findings = [*_duplicates(table)]
-    if (low := (table["loss"] < IMPLAUSIBLE_LOSS).to_numpy()).any():
-        sentence = (
-            f"{int(low.sum())} losses are below {IMPLAUSIBLE_LOSS} nats per token, the first of {_runs(table)[low.argmax()]}."
-        )
-        findings.append(Finding("loss", sentence, tuple(table.index[low])))
+    low = table[table["loss"] < IMPLAUSIBLE_LOSS]
+    if len(low):
+        sentence = f"{len(low)} losses are below {IMPLAUSIBLE_LOSS} nats per token, the first of {_runs(low)[0]}."
+        findings.append(Finding("loss", sentence, tuple(low.index)))
     if "budget" in table:
         nominal = pd.to_numeric(table["budget"].astype(str).str.extract(r"^([\d.]+)N$")[0], errors="coerce").to_numpy()
         actual = (table["tokens"] / table["n_params"]).to_numpy()
@@ -568,16 +522,15 @@ def repeated_rows(table: pd.DataFrame) -> np.ndarray:
 
 def _outliers(table: pd.DataFrame, fit: Fit) -> list[Finding]:
     rows, _, jacobian, residual = fitting.linearized(table, fit)
-    leverage = (fitting.orthonormal(jacobian[:, fitting.influential(jacobian)])[0] ** 2).sum(axis=1)
+    leverage = (fitting.orthonormal(jacobian)[0] ** 2).sum(axis=1)
     freedom = len(rows) - len(fit.values) - 1
     if freedom < 1:
         return []
-    rest = residual @ residual * (1 - leverage) - residual**2  # of the sum of squares, without the row, times 1 - leverage
+    total = residual @ residual
+    # what is left of it without the row, times 1 - leverage; nothing but rounding where the row makes up the whole sum
+    rest = np.maximum(total * (1 - leverage) - residual**2, 1e-12 * total)
     with np.errstate(divide="ignore", invalid="ignore"):
-        studentized = np.where(rest > 0, residual * np.sqrt(freedom / rest), np.nan)
-    # a row so far off that it makes up the whole sum of squares leaves none to compare it with
-    alone = (rest <= 0) & (residual**2 > 0.5 * (residual @ residual)) & (residual @ residual > 0)
-    studentized[alone] = np.sign(residual[alone]) * np.inf
+        studentized = residual * np.sqrt(freedom / rest)
     limit = float(stdtrit(freedom, 1 - 0.025 / len(rows)))
     return [
         Finding("outlier", f"{run} is {t:+.1f} standard deviations off the law (limit {limit:.1f}).", (row,))

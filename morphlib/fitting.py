@@ -20,19 +20,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from itertools import product
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import OptimizeWarning, curve_fit
 
-from morphlib import least_squares, runs
+from morphlib import runs
 from morphlib.errors import InputError
 from morphlib.laws import Array, Law
+from morphlib.least_squares import minimize
 from morphlib.shapes import Convention
 
 Loss = Literal["squared", "huber", "log-huber"]
@@ -45,6 +46,7 @@ SAME_OPTIMUM = 1e-6  # relative difference in the sum of squares under which two
 # parameters can change by their own size while no loss changes in its fourth decimal, the last one
 # that is published (5e-5 of a loss of about 3).
 CONDITION_LIMIT = 6e4
+HUBER_SCALE = 1e-3  # of Huber's loss, as Hoffmann et al. 2022 use on ln L
 ROBUST_STARTS = 3  # resamples whose solutions a robust search also starts from
 ROBUST_ITERATIONS = 400  # of each; the paper's rows take about a hundred
 ONE_SIZE = 1.1  # largest over smallest value of a variable under which its term is a constant
@@ -60,26 +62,20 @@ class Status(Enum):
     """How a fit ended; the value is one sentence of meaning and one of advice."""
 
     CONVERGED = "The search met its tolerance. The standard errors say how well the rows determine each parameter."
-    NOT_CONVERGED = (
-        "The search stopped before it met its tolerance; the values are where it stopped. "
-        "Try more starts, or a law with fewer parameters."
-    )
+    NOT_CONVERGED = "The search stopped before it met its tolerance. Try more starts, or a law with fewer parameters."
     DEGENERATE = (
         "The rows cannot tell some parameters apart; predictions inside the range of the rows may be good, single "
         "parameters mean nothing. Tie exponents, or add runs that vary N, D and R apart."
     )
     AT_BOUND = (
         "A coefficient that must not be negative is held at zero, so its term is missing and its exponent means nothing. "
-        "Add runs that vary N and D apart, or choose a law without the term."
+        "Add runs that vary N and D apart, choose a law without the term, or take intervals by bootstrap."
     )
     NEGATIVE = (
         "The search met its tolerance with a negative coefficient of N or D or a negative irreducible loss, which has no "
         "physical meaning. Do not extrapolate; add runs that vary N and D apart."
     )
-    EXACT = (
-        "There are as many rows as parameters, so the law passes through every row and nothing is known about its "
-        "errors. Add runs."
-    )
+    EXACT = "There are as many rows as parameters, so the law passes through all of them and its errors are unknown. Add runs."
 
 
 @dataclass(frozen=True)
@@ -114,18 +110,21 @@ class Fit:
     def rows(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows of the table that were fitted; raises ``InputError`` where their number says it is another table."""
         if len(self.fitted) != len(table):
-            raise InputError(
-                f"the fit is of a table of {len(self.fitted)} rows and this one has {len(table)}; give the table fitted"
-            )
+            raise InputError(f"the fit is of {len(self.fitted)} rows and this table has {len(table)}; give the table fitted")
         return table[self.fitted]
+
+    def variables(self, table: pd.DataFrame) -> dict[str, Array]:
+        """The variables of a run table that the law reads; raises ``InputError`` where N is not counted as in the fit."""
+        if "n_count" in table and (table["n_count"] != self.count).any():
+            raise InputError(f"N of these runs is not counted as in the fit ({self.count}); convert n_params to that")
+        return read_by(self.law, table)
 
     def predict(self, table: pd.DataFrame) -> Array:
         """The loss, in nats per token, predicted for the rows of a run table, shape (n,)."""
-        return self.law.predict(self.values, runs.variables(table))
+        return self.law.predict(self.values, self.variables(table))
 
 
-@dataclass(frozen=True)
-class Solutions:
+class Solutions(NamedTuple):
     """What the search found for each of P problems: values (P, p) in raw units, sums of squares, and how it went."""
 
     values: Array
@@ -144,16 +143,15 @@ def fit(
     positive: bool = True,
     weights: Array | pd.Series | None = None,
     loss: Loss = "squared",
-    loss_scale: float | None = None,
 ) -> Fit:
     """Fit a law to the rows that the 0/1 column ``fit_on`` marks (all without it).
 
     ``n_starts`` random exponents, drawn with ``seed``, start the search. ``positive`` holds the
     coefficients of the base and the irreducible loss at zero or above. ``weights``, shape (n,) over
     the table, multiply the squared residuals; rows of weight zero are not fitted. ``loss``: ``squared``, or
-    ``huber`` on the residuals or ``log-huber`` on those of ln L, both as sums, quadratic up to ``loss_scale``
-    (default: 1e-3, the scale Hoffmann et al. 2022 use on ln L, times the mean loss for ``huber``).
-    A robust search starts from the least-squares solution and those of ``ROBUST_STARTS`` resamples.
+    ``huber`` on the residuals or ``log-huber`` on those of ln L, both as sums, quadratic up to ``HUBER_SCALE``,
+    for ``huber`` times the mean loss. A robust search starts from the least-squares solution and those of
+    ``ROBUST_STARTS`` resamples.
 
     Raises ``InputError`` where the rows cannot determine the law: fewer rows than parameters, or a
     variable of the law that does not vary.
@@ -162,16 +160,14 @@ def fit(
         raise InputError(f"n_starts is {n_starts}; give at least 1")
     if loss not in LOSSES:
         raise InputError(f"{loss!r} is not a loss; choose one of {', '.join(LOSSES)}")
-    row_weights = np.ones(len(table)) if weights is None else checked_weights(weights, table)
-    fitted = runs.fit_mask(table, fit_on) & (row_weights > 0)
-    rows, row_weights = table[fitted], row_weights[fitted]
+    row_weights = weights_of(table, fit_on, weights)
+    rows, used = table[row_weights > 0], row_weights[row_weights > 0]
     check_rows(rows, law, fit_on)
-    found = solve(rows, law, row_weights[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
-    values, converged, noise = found.values[0], bool(found.converged[0]), None
+    found = solve(rows, law, used[np.newaxis], n_starts=n_starts, seed=seed, positive=positive)
+    values, converged = found.values[0], bool(found.converged[0])
     if loss != "squared":
-        values, converged, noise = _robust(rows, law, row_weights, values, loss, loss_scale, positive, seed)
-    share = float(found.share_of_starts_at_best[0])
-    return _result(table, law, fitted, row_weights, loss, values, converged, n_starts, share, noise)
+        values, converged = _robust(rows, law, used, values, loss, positive, seed)
+    return _result(table, law, row_weights, loss, values, converged, n_starts, float(found.share_of_starts_at_best[0]))
 
 
 def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> Fit:
@@ -194,21 +190,17 @@ def fit_published(table: pd.DataFrame, law: Law, fit_on: str | None = None) -> F
     def predict(_: Array, *values: float) -> Array:
         return law.predict(values, variables)
 
-    options = (
-        {
-            "p0": [PUBLISHED_GAMMA_START[name] for name in law.parameters],
-            "bounds": (-np.inf, [PUBLISHED_GAMMA_BOUND if name == "gamma" else np.inf for name in law.parameters]),
-        }
-        if "gamma" in law.parameters
-        else {"p0": np.ones(len(law.parameters))}
-    )
+    start, high = np.ones(len(law.parameters)), np.full(len(law.parameters), np.inf)
+    if "gamma" in law.parameters:
+        start = np.array([PUBLISHED_GAMMA_START[name] for name in law.parameters])
+        high[law.parameters.index("gamma")] = PUBLISHED_GAMMA_BOUND
     with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         warnings.simplefilter("ignore", OptimizeWarning)  # no covariance; the status says so
         try:
-            values, _ = curve_fit(predict, np.arange(len(loss)), loss, maxfev=100_000, **options)
+            values, _ = curve_fit(predict, np.arange(len(loss)), loss, start, maxfev=100_000, bounds=(-np.inf, high))
         except RuntimeError as error:
             raise InputError(f"the published procedure does not converge on these rows ({error}); fit afresh") from None
-    return _result(table, law, fitted, np.ones(len(loss)), "squared", values, True, 1, 1.0)
+    return _result(table, law, fitted.astype(float), "squared", values, True, 1, 1.0)
 
 
 def solve(
@@ -233,14 +225,15 @@ def solve(
     if near is not None:
         there = law.to_raw(np.concatenate([np.ones(len(law.linear)), near]), back)[len(law.linear) :]
         starts = np.vstack([starts, problem.searched(there)])
-    found = _best_of_starts(problem, starts)
+    searched, linear, sse, converged, share_at_best = found = _best_of_starts(problem, starts)
     # where the free optimum has no negative coefficient, it is the optimum without them, too
-    if positive and len(negative := np.flatnonzero((found.linear < 0).any(axis=1))):
+    if positive and len(negative := np.flatnonzero((linear < 0).any(axis=1))):
         held = _best_of_starts(_Problem(law, scaled, loss, np.sqrt(weights[negative]), positive=True), starts)
-        found.replace(negative, held)
+        for whole, part in zip(found, held, strict=True):
+            whole[negative] = part
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        values = law.to_raw(np.concatenate([found.linear, problem.nonlinear(found.nonlinear)], axis=1), units)
-    return Solutions(values, found.sse, found.converged, found.share_at_best)
+        values = law.to_raw(np.concatenate([linear, problem.nonlinear(searched)], axis=1), units)
+    return Solutions(values, sse, converged, share_at_best)
 
 
 class _Problem:
@@ -270,10 +263,10 @@ class _Problem:
         ``searched`` has shape (B, m); ``which`` says which problem each row belongs to.
         """
         nonlinear = self.nonlinear(searched)
-        columns, slopes = self.law.basis(nonlinear, self.variables)
+        columns, rest, slopes = self.law.basis(nonlinear, self.variables)
         root = self.root_weights[which]
         weighted = [column * root for column in columns]
-        target = self.loss * root
+        target = (self.loss - rest) * root
         linear, orthonormal, residual = _least_squares(weighted, target)
         if self.positive and len(negative := np.flatnonzero((linear < 0).any(axis=1))):
             columns_there = [column[negative] for column in weighted]
@@ -284,45 +277,40 @@ class _Problem:
         for index, slope in enumerate(slopes(linear)):
             # d/d(ln e) = e d/de for an exponent
             unit = nonlinear[:, index, None] if self.is_exponent[index] else 1.0
-            jacobian[index] = -_left_over(orthonormal, slope * root * unit)
+            jacobian[index] = -_project(orthonormal, slope * root * unit)[1]
         sse = np.einsum("bn,bn->b", residual, residual)
         return linear, np.where(np.isfinite(sse), sse, np.inf), residual, jacobian
 
 
-def _left_over(orthonormal: list[Array], target: Array) -> Array:
-    """(I - Q Q') y for a stack of problems, Q given by its columns."""
-    left = target
-    for column in orthonormal:
-        left = left - np.einsum("bn,bn->b", column, left)[:, None] * column
-    return left
+def _project(orthonormal: list[Array], target: Array) -> tuple[Array, Array]:
+    """Q'y, (k, B), and what is left, (I - Q Q') y, (B, n), for a stack of problems; Q is given by its columns."""
+    along, left = np.empty((len(orthonormal), len(target))), target
+    for k, column in enumerate(orthonormal):
+        along[k] = np.einsum("bn,bn->b", column, left)
+        left = left - along[k][:, None] * column
+    return along, left
 
 
 def _least_squares(columns: list[Array], target: Array) -> tuple[Array, list[Array], Array]:
     """Linear least squares for a stack of problems: solutions (B, k), an orthonormal basis, residuals (B, n).
 
-    Modified Gram-Schmidt with the target carried along, which is backward stable (Bjorck 1967); one
+    Modified Gram-Schmidt on the columns and then the target, which is backward stable (Bjorck 1967); one
     column at a time over all problems is several times faster than a QR for each. A column that the
     others already span is left out and gets zero instead of infinity.
     """
     n_columns = len(columns)
     orthonormal: list[Array] = []
     triangle = np.zeros((n_columns, n_columns, len(target)))
-    right = np.empty((n_columns, len(target)))
-    residual = target
     for k, column in enumerate(columns):
-        rest = column
-        for i, done in enumerate(orthonormal):
-            triangle[i, k] = np.einsum("bn,bn->b", done, rest)
-            rest = rest - triangle[i, k][:, None] * done
+        triangle[:k, k], rest = _project(orthonormal, column)
         square = np.einsum("bn,bn->b", rest, rest)
         spanned = square <= 1e-28 * (square + (triangle[:k, k] ** 2).sum(axis=0))
         triangle[k, k] = np.where(spanned, np.inf, np.sqrt(square))
         orthonormal.append(rest / triangle[k, k][:, None])
-        right[k] = np.einsum("bn,bn->b", orthonormal[k], residual)
-        residual = residual - right[k][:, None] * orthonormal[k]
+    right, residual = _project(orthonormal, target)
     solution = np.empty((len(target), n_columns))
-    for k in range(n_columns - 1, -1, -1):
-        known = sum((triangle[k, i] * solution[:, i] for i in range(k + 1, n_columns)), np.zeros(len(target)))
+    for k in reversed(range(n_columns)):
+        known = (triangle[k, k + 1 :] * solution.T[k + 1 :]).sum(axis=0)
         solution[:, k] = (right[k] - known) / triangle[k, k]
     return solution, orthonormal, residual
 
@@ -344,44 +332,27 @@ def _nonnegative(columns: list[Array], target: Array) -> tuple[Array, list[Array
     return linear, orthonormal, left
 
 
-@dataclass
-class _Searches:
-    """Where B searches stand or ended; after picking the best start of each problem, one row per problem."""
-
-    nonlinear: Array
-    linear: Array
-    sse: Array
-    converged: np.ndarray
-    share_at_best: Array
-
-    def replace(self, rows: np.ndarray, others: _Searches) -> None:
-        for field in fields(self):
-            getattr(self, field.name)[rows] = getattr(others, field.name)
-
-
-def _best_of_starts(problem: _Problem, starts: Array) -> _Searches:
-    """Search every problem from every start and keep the best of each."""
+def _best_of_starts(problem: _Problem, starts: Array) -> tuple[Array, Array, Array, np.ndarray, Array]:
+    """What the best search for each problem ends with, as ``_levenberg_marquardt``, and the share of starts that end there."""
     n_problems, n_starts = len(problem.root_weights), len(starts)
-    searched = _levenberg_marquardt(problem, np.tile(starts, (n_problems, 1)), np.repeat(np.arange(n_problems), n_starts))
-    sse = searched.sse.reshape(n_problems, n_starts)
-    least = sse.min(axis=1)
-    picked = np.arange(n_problems) * n_starts + sse.argmin(axis=1)
+    which = np.repeat(np.arange(n_problems), n_starts)
+    searched, linear, sse, converged = _levenberg_marquardt(problem, np.tile(starts, (n_problems, 1)), which)
+    by_start = sse.reshape(n_problems, n_starts)
+    picked = np.arange(n_problems) * n_starts + by_start.argmin(axis=1)
     # noiseless rows leave nothing but rounding of the sum of squares
     floor = 1e-24 * (problem.root_weights**2 @ problem.loss**2)
-    return _Searches(
-        nonlinear=searched.nonlinear[picked],
-        linear=searched.linear[picked],
-        sse=least,
-        converged=searched.converged[picked],
-        share_at_best=(sse <= (least * (1 + SAME_OPTIMUM) + floor)[:, None]).mean(axis=1),
-    )
+    share_at_best = (by_start <= (sse[picked] * (1 + SAME_OPTIMUM) + floor)[:, None]).mean(axis=1)
+    return searched[picked], linear[picked], sse[picked], converged[picked], share_at_best
 
 
-def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> _Searches:
-    """B searches at once, each from its row of ``start`` for the problem ``which`` names."""
+def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> tuple[Array, Array, Array, np.ndarray]:
+    """B searches at once, each from its row of ``start`` for the problem ``which`` names.
+
+    Returns where they end, (B, m), the linear parameters there, (B, k), the sums of squares and whether they converged.
+    """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         linear, sse, residual, jacobian = problem.evaluate(start, which)
-    result = _Searches(start.copy(), linear, sse, np.zeros(len(start), dtype=bool), np.zeros(len(start)))
+    searched, converged = start.copy(), np.zeros(len(start), dtype=bool)
     floor = 1e-28 * (problem.root_weights**2 @ problem.loss**2)[which]  # below it the residuals are rounding
     best_converged = np.full(len(problem.root_weights), np.inf)
     damping, growth = np.full(len(start), 3e-2), np.full(len(start), 2.0)
@@ -400,28 +371,28 @@ def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> 
         step = -np.linalg.solve(normal, (gradient / scale)[:, :, None])[:, :, 0] / scale
         # the decrease that the linear model promises, -2 g's - s'J'J s
         promised = -np.einsum("bm,bm->b", gradient, step) + damping[active] * np.einsum("bm,bm->b", diagonal, step**2)
-        moved = np.clip(result.nonlinear[active] + np.clip(step, -2.0, 2.0), problem.low, problem.high)
+        moved = np.clip(searched[active] + np.clip(step, -2.0, 2.0), problem.low, problem.high)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             new_linear, new_sse, new_residual, new_jacobian = problem.evaluate(moved, which[active])
-        before = result.sse[active]
+        before = sse[active]
         better = new_sse < before
         accepted = active[better]
-        result.nonlinear[accepted], result.linear[accepted] = moved[better], new_linear[better]
-        result.sse[accepted] = new_sse[better]
+        searched[accepted], linear[accepted] = moved[better], new_linear[better]
+        sse[accepted] = new_sse[better]
         residual[better], jacobian[:, better] = new_residual[better], new_jacobian[:, better]
         # Nielsen's rule: the better the linear model foretold the decrease, the more it is trusted
         gain = np.where(better, (before - new_sse) / np.maximum(promised, 1e-300), 0.0)
         damping[active] *= np.where(better, np.maximum(1 / 5, 1 - (2 * gain - 1) ** 3), growth[active])
         growth[active] = np.where(better, 2.0, 2 * growth[active])
         done = (promised <= TOLERANCE * before) | (before <= floor[active])
-        result.converged[active[done]] = True
-        np.minimum.at(best_converged, which[active[done]], result.sse[active[done]])
+        converged[active[done]] = True
+        np.minimum.at(best_converged, which[active[done]], sse[active[done]])
         # one that promises a hundredth of what parts it from an optimum already found will not get there
         hopeless = before - 100 * promised > best_converged[which[active]] * (1 + SAME_OPTIMUM)
         keep = ~(done | hopeless | (damping[active] > 1e12))
         if not keep.all():
             active, residual, jacobian = active[keep], residual[keep], jacobian[:, keep]
-    return result
+    return searched, linear, sse, converged
 
 
 def _starts(law: Law, n_starts: int, rng: np.random.Generator) -> Array:
@@ -447,14 +418,22 @@ def _starts(law: Law, n_starts: int, rng: np.random.Generator) -> Array:
 def in_units(law: Law, rows: pd.DataFrame) -> tuple[dict[str, float], dict[str, float], dict[str, Array]]:
     """Units, their inverses, and the variables of the rows in them: the unit of each is its geometric mean.
 
-    Parameters are then of order one: a coefficient is the size of its term in the middle of the rows.
+    Parameters are then of order one: a coefficient is the size of its term in the middle of the rows. The unit is one
+    for variables that a fixed parameter of the law reads.
     """
+    variables = read_by(law, rows)
+    means = {name: float(np.exp(np.log(values).mean())) for name, values in variables.items()}
+    units = means | dict.fromkeys(law.unscaled, 1.0)
+    back = {name: 1 / unit for name, unit in units.items()}
+    return units, back, {name: variables[name] * back[name] for name in units}
+
+
+def read_by(law: Law, rows: pd.DataFrame) -> dict[str, Array]:
+    """The variables of the rows that a law reads; raises ``InputError`` where a column for one is missing."""
     variables = runs.variables(rows)
     if missing := [name for name in law.variables if name not in variables]:
         raise InputError(f"{law.name} reads {', '.join(missing)}, which needs the column d_ff; add it to the table")
-    units = {name: float(np.exp(np.log(variables[name]).mean())) for name in law.variables}
-    back = {name: 1 / unit for name, unit in units.items()}
-    return units, back, {name: variables[name] * back[name] for name in units}
+    return {name: variables[name] for name in law.variables}
 
 
 def check_rows(rows: pd.DataFrame, law: Law, fit_on: str | None = None) -> None:
@@ -472,107 +451,91 @@ def check_rows(rows: pd.DataFrame, law: Law, fit_on: str | None = None) -> None:
         "R": "aspect ratio (d_model / n_layers)",
         "d": "width (d_model)",
         "L": "depth (n_layers)",
-        "C/M": "size (n_params)",
-        "CM": "budget (tokens)",
     }
     for name, values in runs.variables(rows).items():
-        if name in law.variables and name in meaning and values.max() < ONE_SIZE * values.min():
+        read = runs.POWER_OF.get(name, name)
+        if name in law.variables and read in meaning and values.max() < ONE_SIZE * values.min():
             raise InputError(
-                f"{where}: all rows are of one {meaning[name]}, {values.min():.4g} to {values.max():.4g}, so "
+                f"{where}: all rows are of one {meaning[read]}, {values.min():.4g} to {values.max():.4g}, so "
                 f"{law.name} cannot be fitted; add runs that differ in it by a tenth or more"
             )
 
 
-def checked_weights(weights: Array | pd.Series, table: pd.DataFrame) -> Array:
-    """The weights as an array, or ``InputError`` where they are no weights of the rows of this table."""
-    values = np.asarray(pd.to_numeric(weights, errors="coerce"), dtype=float)
+def weights_of(table: pd.DataFrame, fit_on: str | None, weights: Array | pd.Series | None) -> Array:
+    """The weight of each row, zero where ``fit_on`` leaves it out; ``InputError`` where weights are none of this table."""
+    values = np.ones(len(table)) if weights is None else np.asarray(pd.to_numeric(weights, errors="coerce"), dtype=float)
     if values.shape != (len(table),) or not (np.isfinite(values) & (values >= 0)).all() or not values.any():
         raise InputError(f"weights must be {len(table)} finite numbers of at least zero, one per row and not all zero")
-    return values
+    return values * runs.fit_mask(table, fit_on)
 
 
 def _robust(
-    rows: pd.DataFrame,
-    law: Law,
-    weights: Array,
-    values: Array,
-    loss: Loss,
-    loss_scale: float | None,
-    positive: bool,
-    seed: int,
-) -> tuple[Array, bool, tuple[Array, Array]]:
+    rows: pd.DataFrame, law: Law, weights: Array, values: Array, loss: Loss, positive: bool, seed: int
+) -> tuple[Array, bool]:
     """Minimize a sum of Huber losses over all parameters, from the least-squares solution and those of resamples.
 
-    For ``log-huber`` the residual is ln(predicted / measured), whose derivative is that of the
-    prediction over the prediction. Coefficients that end below zero are set to it and held, unless not ``positive``.
-    Returns the values, whether the search converged and what ``_result`` makes the covariance of: a factor of
-    each row of the Jacobian and a stand-in for its residual. The covariance is Huber's (1973),
-    K^2 [sum psi^2 / (n - p)] / m^2 (J'J)^-1, with psi the residual cut off at the scale, m the share of
-    residuals inside it and K = 1 + p (1 - m) / (n m).
+    Coefficients that end below zero are set to it and held, unless not ``positive``. Returns the values and whether
+    the search converged.
     """
-    measured = rows["loss"].to_numpy()
-    scale = loss_scale if loss_scale is not None else 1e-3 * (1.0 if loss == "log-huber" else measured.mean())
+    measured, n_rows = rows["loss"].to_numpy(), len(rows)
+    scale = _huber_scale(measured, loss)
     units, back, variables = in_units(law, rows)
-    n_rows, n_linear = len(rows), len(law.linear)
 
-    def evaluate(current: Array) -> tuple[Array, Array, Array]:
-        """Residuals (n,), Jacobian (n, p), and the factor (n,) that it has beyond that of the prediction."""
-        predicted = law.predict(current, variables)
-        factor = 1 / predicted if loss == "log-huber" else np.ones(n_rows)
-        residuals = np.log(predicted / measured) if loss == "log-huber" else predicted - measured
-        return residuals, law.jacobian(current, variables) * factor[:, np.newaxis], factor
+    def search(held: Law, start: Array) -> tuple[float, bool, Array]:
+        """The least loss, whether the search for it converged, and the values there, of the whole law and in raw units."""
 
-    def search(start: Array, free: np.ndarray) -> tuple[Array, least_squares.Minimum]:
-        def whole(part: Array) -> Array:
-            current = start.copy()
-            current[free] = part
-            return current
+        def residuals(values: Array) -> Array:
+            return _residuals(held.predict(values, variables), measured, loss)[0]
 
-        found = least_squares.minimize(
-            lambda part: evaluate(whole(part))[0],
-            lambda part: evaluate(whole(part))[1][:, free],
-            start[free],
-            loss="huber",
-            loss_scale=scale,
-            weights=weights,
-            max_iterations=ROBUST_ITERATIONS,
-        )
-        end = whole(found.values)
-        negative = free & (end < 0) & (np.arange(len(end)) < n_linear)
+        def jacobian(values: Array) -> Array:
+            slopes = _residuals(held.predict(values, variables), measured, loss)[1]
+            return held.jacobian(values, variables) * slopes[:, np.newaxis]
+
+        found = minimize(residuals, jacobian, start, huber_scale=scale, weights=weights, max_iterations=ROBUST_ITERATIONS)
+        negative = found.values[: len(held.linear)] < 0
         if positive and negative.any():
-            return search(np.where(negative, 0.0, end), free & ~negative)
-        return end, found
+            names = [name for name, below in zip(held.linear, negative, strict=True) if below]
+            return search(held.holding(dict.fromkeys(names, 0.0)), np.delete(found.values, np.flatnonzero(negative)))
+        known = held.by_name(found.values, held.parameters)
+        return found.cost, found.converged, law.to_raw(np.concatenate([known[name] for name in law.parameters]), units)
 
     # outliers drag the least-squares solutions of resamples to different places
     drawn = np.random.default_rng(seed).multinomial(n_rows, np.full(n_rows, 1 / n_rows), ROBUST_STARTS) * weights
-    resampled = solve(rows, law, drawn, n_starts=1, seed=seed, positive=positive, near=values[n_linear:]).values
-    ends: list[tuple[float, bool, Array, Array]] = []
+    near = values[len(law.linear) :]
+    resampled = solve(rows, law, drawn, n_starts=1, seed=seed, positive=positive, near=near).values
+    ends: list[tuple[float, bool, Array]] = []
     with np.errstate(all="ignore"):
         for start in law.to_raw(np.vstack([values, resampled]), back):
             with suppress(InputError):  # it predicts no finite losses there
-                end, found = search(start, np.ones(len(start), dtype=bool))
-                raw = law.to_raw(end, units)
-                if np.isfinite(raw).all() and np.isfinite(law.predict(raw, runs.variables(rows))).all():
-                    ends.append((found.cost, found.converged, end, raw))
+                end = search(law, start)
+                if np.isfinite(end[2]).all() and np.isfinite(law.predict(end[2], runs.variables(rows))).all():
+                    ends.append(end)
     if not ends:
-        raise InputError(
-            f"every search for a least {loss} loss runs off to infinity; choose another loss, or a law of fewer terms"
-        )
-    _, converged, best, raw = min(ends, key=lambda end: end[0])
-    residuals, _, factor = evaluate(best)
-    inside = float((np.abs(residuals) < scale).mean())
-    correction = (1 + len(best) * (1 - inside) / (n_rows * inside)) / inside if inside > 0 else np.nan
-    return raw, converged, (factor, np.clip(residuals, -scale, scale) * correction)
+        raise InputError(f"every search for a least {loss} loss runs off to infinity; choose another loss or fewer terms")
+    _, converged, best = min(ends, key=lambda end: end[0])
+    return best, converged
+
+
+def _residuals(predicted: Array, measured: Array, loss: Loss) -> tuple[Array, Array]:
+    """What a loss is a function of, and its derivative by the predicted loss, (n,) both."""
+    if loss == "log-huber":
+        return np.log(predicted / measured), 1 / predicted
+    return predicted - measured, np.ones(len(measured))
+
+
+def _huber_scale(measured: Array, loss: Loss) -> float:
+    """The residual up to which a loss is quadratic."""
+    return {"squared": np.inf, "huber": HUBER_SCALE * measured.mean(), "log-huber": HUBER_SCALE}[loss]
 
 
 def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[Array, Array]:
     """Parameters, (p,), and the Jacobian at ``rows``, (n, p), in the units of ``reference`` (``in_units``)."""
     _, back, _ = in_units(law, reference)
-    variables = runs.variables(rows)
+    variables = read_by(law, rows)
     # nonsense rows can drive an exponent so far that raw coefficients overflow
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         scaled = law.to_raw(values, back)
-        return scaled, law.jacobian(scaled, {name: variables[name] * back[name] for name in law.variables})
+        return scaled, law.jacobian(scaled, {name: column * back[name] for name, column in variables.items()})
 
 
 def linearized(table: pd.DataFrame, fit: Fit) -> tuple[pd.DataFrame, Array, Array, Array]:
@@ -603,26 +566,27 @@ def status_of(law: Law, values: Array, rows: pd.DataFrame, converged: bool, weig
 
 
 def _result(
-    table: pd.DataFrame,
-    law: Law,
-    fitted: np.ndarray,
-    weights: Array,
-    loss: Loss,
-    values: Array,
-    converged: bool,
-    n_starts: int,
-    share_of_starts_at_best: float,
-    noise: tuple[Array, Array] | None = None,
+    table: pd.DataFrame, law: Law, weights: Array, loss: Loss, values: Array, converged: bool, n_starts: int, share: float
 ) -> Fit:
-    """The result object, from parameters for raw variables and the weights of the fitted rows; ``noise`` as in ``_robust``."""
-    rows, root = table[fitted], np.sqrt(weights)
+    """The result object, from parameters for raw variables and weights of the table's rows, zero of those not fitted.
+
+    The covariance is Huber's (1973), K^2 [sum psi^2 / (n - p)] / m^2 (J'J)^-1, with psi the residual cut off at the
+    scale, m the share of residuals inside it and K = 1 + p (1 - m) / (n m); of squares, psi is the residual and K = m = 1.
+    """
+    fitted = weights > 0
+    rows, weights = table[fitted], weights[fitted]
+    root = np.sqrt(weights)
+    measured = rows["loss"].to_numpy()
+    scale = _huber_scale(measured, loss)
     status, condition = status_of(law, values, rows, converged, weights)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         loss_predicted = law.predict(values, runs.variables(table))
-        factor, residuals = noise or (np.ones(len(rows)), loss_predicted[fitted] - rows["loss"].to_numpy())
-        jacobian = law.jacobian(values, runs.variables(rows)) * (factor * root)[:, np.newaxis]
+        residuals, slopes = _residuals(loss_predicted[fitted], measured, loss)
+        inside = float(np.mean(np.abs(residuals) < scale))
+        correction = (1 + len(values) * (1 - inside) / (len(rows) * inside)) / inside if inside else np.nan
+        jacobian = law.jacobian(values, runs.variables(rows)) * (slopes * root)[:, np.newaxis]
         jacobian[:, : len(law.linear)][:, values[: len(law.linear)] == 0] = 0.0  # held, not estimated
-        covariance = covariance_of(jacobian, residuals * root)
+        covariance = covariance_of(jacobian, np.clip(residuals, -scale, scale) * correction * root)
         errors = np.sqrt(np.diag(covariance)).tolist()
     for array in (loss_predicted, covariance, fitted, weights):
         array.setflags(write=False)
@@ -638,7 +602,7 @@ def _result(
         loss=loss,
         loss_predicted=loss_predicted,
         n_starts=n_starts,
-        share_of_starts_at_best=share_of_starts_at_best,
+        share_of_starts_at_best=share,
         condition_number=condition,
     )
 
@@ -654,27 +618,21 @@ def condition_numbers(jacobian: Array) -> Array:
 
 
 def orthonormal(jacobian: Array) -> tuple[Array, Array]:
-    """An orthonormal basis (n, p) and a root (p, p): J = basis root^-1 and (J'J)^-1 = root root'."""
+    """An orthonormal basis (n, q) of the q columns that are finite and not zero, and a root (p, p): (J'J)^-1 = root root'.
+
+    The root of other columns, such as those of a term held at zero, is NaN, and leaves the others alone.
+    """
     lengths = np.linalg.norm(jacobian, axis=0)  # raw columns differ by ten orders of magnitude
-    basis, singular, rotation = np.linalg.svd(jacobian / lengths, full_matrices=False)
-    return basis, (rotation.T / singular) / lengths[:, np.newaxis]
+    used = np.isfinite(lengths) & (lengths > 0)
+    basis, singular, rotation = np.linalg.svd(jacobian[:, used] / lengths[used], full_matrices=False)
+    root = np.zeros((len(used), len(used)))
+    root[~used] = np.nan
+    root[used, : len(singular)] = (rotation.T / singular) / lengths[used, np.newaxis]
+    return basis, root
 
 
 def covariance_of(jacobian: Array, residuals: Array) -> Array:
-    """s^2 (J'J)^-1 with s^2 = SSE / (n - p), for J of shape (n, p); NaN where n = p.
-
-    Columns without influence, such as those of a term held at zero, get NaN and leave the others alone.
-    """
+    """s^2 (J'J)^-1 with s^2 = SSE / (n - p), for J of shape (n, p); NaN where n = p, and for columns without influence."""
     n_rows, n_parameters = jacobian.shape
-    covariance = np.full((n_parameters, n_parameters), np.nan)
-    used = influential(jacobian)
-    if n_rows > n_parameters and len(used):
-        root = orthonormal(jacobian[:, used])[1]
-        covariance[np.ix_(used, used)] = residuals @ residuals / (n_rows - n_parameters) * root @ root.T
-    return covariance
-
-
-def influential(jacobian: Array) -> np.ndarray:
-    """The columns that are finite and not zero."""
-    lengths = np.linalg.norm(jacobian, axis=0)
-    return np.flatnonzero(np.isfinite(lengths) & (lengths > 0))
+    root = orthonormal(jacobian)[1]
+    return residuals @ residuals / (n_rows - n_parameters or np.nan) * root @ root.T

@@ -20,9 +20,9 @@ exponents and the parameters of the shape term, a law is linear in the rest; the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,21 +33,23 @@ Exponents = Literal["tied", "gamma", "free"]
 EXPONENTS: tuple[Exponents, ...] = get_args(Exponents)
 
 
-@dataclass(frozen=True, slots=True)
-class Power:
-    """The summand ``coefficient / variable ** exponent``; the exponent is a parameter or a fixed number."""
+class Power(NamedTuple):
+    """The summand ``coefficient / variable ** exponent``."""
 
     coefficient: str
     variable: str
-    exponent: str | float
+    exponent: str
 
 
-@dataclass(frozen=True, slots=True)
-class Base:
-    """The irreducible loss E plus falling powers; ``tied`` maps an exponent to the one it equals unless each is free."""
+class Base(NamedTuple):
+    """The irreducible loss E plus falling powers.
+
+    ``tied`` maps an exponent to the one it equals unless each is free, ``fixed`` one that is no parameter to its value.
+    """
 
     powers: tuple[Power, ...]
     tied: Mapping[str, str]
+    fixed: Mapping[str, float]
 
     @property
     def coefficients(self) -> tuple[str, ...]:
@@ -56,35 +58,11 @@ class Base:
 
     @property
     def exponents(self) -> tuple[str, ...]:
-        return tuple(power.exponent for power in self.powers if isinstance(power.exponent, str))
-
-    def value(self, parameters: Values, variables: Values) -> Array:
-        value = parameters["E"]
-        for power in self.powers:
-            exponent = parameters[power.exponent] if isinstance(power.exponent, str) else power.exponent
-            # c / x^e and not c x^-e, and E first, as in the authors' code: with the same rounding, their
-            # numerically differentiated fits repeat to the last digit
-            value = value + parameters[power.coefficient] / variables[power.variable] ** exponent
-        return value
-
-    def columns(self, parameters: Values, variables: Values) -> tuple[list[Array], list[Array | None]]:
-        """What each coefficient is multiplied with, x^-e, and its derivative by the exponent, -ln(x) x^-e."""
-        columns: list[Array] = []
-        derivatives: list[Array | None] = []
-        for power in self.powers:
-            x = variables[power.variable]
-            if isinstance(power.exponent, str):
-                columns.append(x ** -parameters[power.exponent])
-                derivatives.append(-np.log(x) * columns[-1])
-            else:
-                columns.append(x**-power.exponent)
-                derivatives.append(None)
-        return [*columns, np.ones(1)], [*derivatives, None]
+        return tuple(power.exponent for power in self.powers)
 
 
-@dataclass(frozen=True, slots=True)
-class ShapeTerm:
-    """A factor for the shape, one where the shape costs nothing; ``evaluate`` returns it and its derivative by each parameter.
+class ShapeTerm(NamedTuple):
+    """A factor for the shape, one where the shape costs nothing; ``evaluate`` returns it and its derivatives by name.
 
     A parameter ``log_X0`` is the logarithm of the variable X at which the shape costs least.
     """
@@ -104,25 +82,17 @@ def _power(parameters: Values, variables: Values) -> tuple[Array, dict[str, Arra
 
 def _log_quadratic(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
     """1 + epsilon (ln R - ln R0 - drift ln N)^2; without drift where the term has no such parameter."""
-    drift = parameters.get("drift")
-    distance = np.log(variables["R"]) - parameters["log_R0"]
-    if drift is not None:
-        distance = distance - drift * np.log(variables["N"])
+    log_n = np.log(variables["N"]) if "drift" in parameters else np.zeros(1)
+    distance = np.log(variables["R"]) - parameters["log_R0"] - parameters.get("drift", 0.0) * log_n
     slope = -2 * parameters["epsilon"] * distance
-    derivatives = {"epsilon": distance**2, "log_R0": slope}
-    if drift is not None:
-        derivatives["drift"] = slope * np.log(variables["N"])
-    return 1 + parameters["epsilon"] * distance**2, derivatives
+    return 1 + parameters["epsilon"] * distance**2, {"epsilon": distance**2, "log_R0": slope, "drift": slope * log_n}
 
 
 def _two_sided(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
     """1 + epsilon (R / R0 + R0 / R - 2)."""
     ratio = variables["R"] * np.exp(-parameters["log_R0"])
     cost = ratio + 1 / ratio - 2
-    return 1 + parameters["epsilon"] * cost, {
-        "epsilon": cost,
-        "log_R0": parameters["epsilon"] * (1 / ratio - ratio),
-    }
+    return 1 + parameters["epsilon"] * cost, {"epsilon": cost, "log_R0": parameters["epsilon"] * (1 / ratio - ratio)}
 
 
 def _conditional(parameters: Values, variables: Values) -> tuple[Array, dict[str, Array]]:
@@ -135,25 +105,25 @@ def _conditional(parameters: Values, variables: Values) -> tuple[Array, dict[str
             cost = distance + np.exp(-distance) - 1
             factor = 1 + parameters[epsilon] * cost
             derivatives = {name: derivative * factor for name, derivative in derivatives.items()}
-            derivatives[epsilon] = value * cost
-            derivatives[f"log_{x}0"] = value * parameters[epsilon] * (np.exp(-distance) - 1)
+            derivatives |= {epsilon: value * cost, f"log_{x}0": value * parameters[epsilon] * (np.exp(-distance) - 1)}
             value = value * factor
     return value, derivatives
 
 
 _N, _D = Power("A", "N", "alpha"), Power("B", "D", "beta")
+_WIDTH_DEPTH = (Power("A", "d", "a"), Power("C", "L", "c"), _D)
 
 BASES: dict[str, Base] = {
     # E + A N^-alpha + B D^-beta, Hoffmann et al. 2022, section 3.3
-    "chinchilla": Base((_N, _D), {"beta": "alpha"}),
+    "chinchilla": Base((_N, _D), {"beta": "alpha"}, {}),
     # Gadre et al. 2024, equation 4: E + (a M^eta + b M^-eta) C^-eta with M = D / N and C = 6 N D, which is
     # E + a (C / M)^-eta + b (C M)^-eta, powers of N^2 and of D^2
-    "over-training": Base((Power("a", "C/M", "eta"), Power("b", "CM", "eta")), {}),
+    "over-training": Base((Power("a", "C/M", "eta"), Power("b", "CM", "eta")), {}, {}),
     # powers argued for in arXiv 2606.25008, here with fitted exponents
-    "width-depth": Base((Power("A", "d", "a"), Power("C", "L", "c"), _D), {"c": "a"}),
-    "width-depth-fixed": Base((Power("A", "d", 1.0), Power("C", "L", 1.0), Power("B", "D", 1 / 3)), {}),
+    "width-depth": Base(_WIDTH_DEPTH, {"c": "a"}, {}),
+    "width-depth-fixed": Base(_WIDTH_DEPTH, {}, {"a": 1.0, "c": 1.0, "beta": 1 / 3}),
     # McLeish et al. 2025
-    "gemstones": Base((_N, _D, Power("F", "d", "a"), Power("C", "L", "c")), {"beta": "alpha", "c": "a"}),
+    "gemstones": Base((_N, _D, Power("F", "d", "a"), Power("C", "L", "c")), {"beta": "alpha", "c": "a"}, {}),
 }
 
 SHAPE_TERMS: dict[str, ShapeTerm] = {
@@ -171,7 +141,8 @@ SHAPE_TERMS: dict[str, ShapeTerm] = {
 class Law:
     """A base times a shape term (or none), some of its exponents held equal (``ties``).
 
-    ``ties`` maps an exponent to the one it equals; only the others are parameters of the law.
+    ``ties`` maps an exponent to the one it equals, ``fixed`` an exponent or any other parameter to its value;
+    only the others are parameters of the law.
     """
 
     name: str
@@ -179,17 +150,18 @@ class Law:
     shape: ShapeTerm | None
     exponents: Exponents
     ties: Mapping[str, str]
+    fixed: Mapping[str, float]
 
     @cached_property
     def linear(self) -> tuple[str, ...]:
         """The parameters that the law is linear in, given the others."""
-        return self.base.coefficients
+        return tuple(name for name in self.base.coefficients if name not in self.fixed)
 
     @cached_property
     def nonlinear(self) -> tuple[str, ...]:
         """The exponents of the base that are free, then the free parameters of the shape term."""
         names = self.base.exponents + (self.shape.parameters if self.shape else ())
-        return tuple(dict.fromkeys(name for name in names if name not in self.ties))
+        return tuple(dict.fromkeys(name for name in names if name not in {*self.ties, *self.fixed}))
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -202,9 +174,21 @@ class Law:
         shape = self.shape.variables if self.shape else ()
         return tuple(dict.fromkeys((*(power.variable for power in self.base.powers), *shape)))
 
+    @property
+    def unscaled(self) -> set[str]:
+        """The variables in whose units a fixed parameter may be given: those of its power or of its shape term."""
+        names = {power.variable for power in self.base.powers if power.coefficient in self.fixed}
+        if self.shape and self.fixed.keys() & set(self.shape.parameters):
+            names |= set(self.shape.variables)
+        return names
+
     def free_name(self, parameter: str) -> str:
         """The free parameter that stands for ``parameter``: itself, unless it is tied."""
         return self.ties.get(parameter, parameter)
+
+    def holding(self, values: Mapping[str, float]) -> Law:
+        """The law with some of its free parameters fixed."""
+        return replace(self, fixed={**self.fixed, **values})
 
     def predict(self, values: ArrayLike, variables: Values) -> Array:
         """The loss in nats per token.
@@ -213,40 +197,49 @@ class Law:
         Returns shape (..., n).
         """
         parameters = self.by_name(values, self.parameters)
-        base = self.base.value(parameters, variables)
-        return base if self.shape is None else base * self.shape.evaluate(parameters, variables)[0]
+        loss = parameters["E"]
+        for power in self.base.powers:
+            # c / x^e and not c x^-e, and E first, as in the authors' code: with the same rounding, their
+            # numerically differentiated fits repeat to the last digit
+            loss = loss + parameters[power.coefficient] / variables[power.variable] ** parameters[power.exponent]
+        return loss if self.shape is None else loss * self.shape.evaluate(parameters, variables)[0]
 
-    def basis(self, nonlinear_values: ArrayLike, variables: Values) -> tuple[list[Array], Callable[[Array], list[Array]]]:
-        """The columns that the linear parameters multiply, and the slopes of the loss by the nonlinear ones.
+    def basis(self, nonlinear_values: Array, variables: Values) -> tuple[list[Array], Array, Callable[[Array], list[Array]]]:
+        """The columns that the linear parameters multiply, the rest of the loss, and its slopes by the nonlinear ones.
 
         For ``nonlinear_values`` of shape (..., m): one column for each of the k linear parameters, of a shape
-        that broadcasts to (..., n). The slopes are a function of the linear parameters, (..., k), with one
-        such array for each nonlinear parameter.
+        that broadcasts to (..., n). The rest is the terms of fixed coefficients. The slopes are a function of the
+        linear parameters, (..., k), with one such array for each nonlinear parameter.
         """
         parameters = self.by_name(nonlinear_values, self.nonlinear)
-        columns, by_exponent = self.base.columns(parameters, variables)
         factor, by_parameter = self.shape.evaluate(parameters, variables) if self.shape else (np.ones(1), {})
-        basis = [column * factor for column in columns]
+        powers = {power.coefficient: variables[power.variable] ** -parameters[power.exponent] for power in self.base.powers}
+        columns = {name: column * factor for name, column in (powers | {"E": np.ones(1)}).items()}
+        rest = sum((value * columns[name] for name, value in self.fixed.items() if name in columns), np.zeros(1))
 
         def slopes(linear: Array) -> list[Array]:
-            result: dict[str, Array] = {}
-            for k, derivative in enumerate(by_exponent):
-                if derivative is not None:
-                    name = self.free_name(str(self.base.powers[k].exponent))
-                    result[name] = result.get(name, 0.0) + linear[..., k, None] * derivative * factor
-            base = sum(linear[..., k, None] * column for k, column in enumerate(columns)) if by_parameter else 0.0
-            for parameter, derivative in by_parameter.items():
-                name = self.free_name(parameter)
-                result[name] = result.get(name, 0.0) + base * derivative
-            return [result[name] for name in self.nonlinear]
+            known = self.by_name(np.concatenate([linear, nonlinear_values], axis=-1), self.parameters)
+            terms = {name: known[name] * column for name, column in powers.items()}
+            base = sum(terms.values(), known["E"])
+            result: dict[str, Array] = dict.fromkeys(self.nonlinear, np.zeros(1))
 
-        return basis, slopes
+            def add(name: str, slope: Array) -> None:
+                if (free := self.free_name(name)) in result:
+                    result[free] = result[free] + slope
+
+            for power in self.base.powers:
+                add(power.exponent, -np.log(variables[power.variable]) * terms[power.coefficient] * factor)
+            for name, derivative in by_parameter.items():
+                add(name, base * derivative)
+            return list(result.values())
+
+        return [columns[name] for name in self.linear], rest, slopes
 
     def jacobian(self, values: ArrayLike, variables: Values) -> Array:
         """The derivative of the loss by each free parameter; shapes as in ``predict``, (..., n, p)."""
         values = np.asarray(values, dtype=float)
         linear, nonlinear = values[..., : len(self.linear)], values[..., len(self.linear) :]
-        basis, slopes = self.basis(nonlinear, variables)
+        basis, _, slopes = self.basis(nonlinear, variables)
         batch = (*values.shape[:-1], len(variables[self.variables[0]]))
         return np.stack([np.broadcast_to(column, batch) for column in (*basis, *slopes(linear))], axis=-1)
 
@@ -259,8 +252,7 @@ class Law:
         parameters = self.by_name(values, self.parameters)
         raw = dict(parameters)
         for power in self.base.powers:
-            exponent = parameters[power.exponent] if isinstance(power.exponent, str) else power.exponent
-            raw[power.coefficient] = parameters[power.coefficient] * np.float64(units[power.variable]) ** exponent
+            raw[power.coefficient] = parameters[power.coefficient] * units[power.variable] ** parameters[power.exponent]
         for name in self.shape.parameters if self.shape else ():
             if name.startswith("log_"):
                 drift = parameters.get("drift", 0.0) * np.log(units.get("N", 1.0))
@@ -270,9 +262,9 @@ class Law:
         return np.concatenate([raw[name] for name in self.parameters], axis=-1)
 
     def by_name(self, values: ArrayLike, names: tuple[str, ...]) -> dict[str, Array]:
-        """Values of shape (..., p) as a mapping, tied exponents included, each (..., 1) to broadcast over runs."""
+        """Values of shape (..., p) as a mapping, tied and fixed parameters included, each (..., 1) to broadcast over runs."""
         columns = np.moveaxis(np.asarray(values, dtype=float), -1, 0)[..., np.newaxis]
-        free = dict(zip(names, columns, strict=True))
+        free = dict(zip(names, columns, strict=True)) | {name: np.full(1, value) for name, value in self.fixed.items()}
         return free | {tied: free[name] for tied, name in self.ties.items()}
 
 
@@ -299,4 +291,4 @@ def get(name: str, exponents: Exponents = "tied") -> Law:
     if exponents == "tied" and shape_name == "power" and "alpha" in base.exponents:
         ties["gamma"] = "alpha"
     shown = next((alias for alias, full in ALIASES.items() if full == f"{base_name}+{shape_name}"), name)
-    return Law(shown, base, shape, exponents, ties)
+    return Law(shown, base, shape, exponents, ties, base.fixed)

@@ -39,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, get_args
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,8 +48,6 @@ from morphlib.errors import InputError
 
 Array = NDArray[np.float64]
 Function = Callable[[Array], ArrayLike]
-Loss = Literal["squared", "huber"]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 MAX_ITERATIONS = 5000  # most problems take ten to a hundred; the longest valley of NIST's, MGH10, takes 1800
 TOLERANCE = 1e-10  # of the offset: values end within this fraction of their standard errors times sqrt(n - p)
@@ -66,21 +64,12 @@ EPSILON = float(np.finfo(float).eps)
 class Status(Enum):
     """How a search ended; the value is one sentence of meaning and one of advice."""
 
-    CONVERGED = (
-        "No step lowers the cost by more than the tolerance or rounding. Try other starts if the cost may have several minima."
-    )
-    SINGULAR = (
-        "The search met its tolerance where the data cannot tell some parameters apart, so they have no standard "
-        "errors. Fix or leave out a parameter, or start elsewhere."
-    )
+    CONVERGED = "No step lowers the cost beyond tolerance or rounding. Try other starts if it may have several minima."
+    SINGULAR = "The data cannot tell some parameters apart, so none has a standard error. Leave one out, or start elsewhere."
     STALLED = (
-        "The derivatives promise a lower cost, but no step however short finds one. "
-        "Check the Jacobian; if it is right, rounding hides what is left to gain, as where values run off to infinity."
+        "The derivatives promise a lower cost, but no step finds one. Check the Jacobian, or whether values run to infinity."
     )
-    NOT_CONVERGED = (
-        "The search used up its iterations; the values are where it stopped. "
-        "Give more iterations, a better start, or a model with fewer parameters."
-    )
+    NOT_CONVERGED = "The search used up its iterations. Give more, a better start, or a model with fewer parameters."
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,7 @@ class Minimum:
                      right. NaN where n = p or J is singular.
     standard_errors  (p,), the root of its diagonal
     cost             what was minimized: the sum of weight times rho(residual)
-    sse              the sum of squares at the final weights, those of Huber's loss included; the cost if squared
+    sse              the sum of squares at the final weights, those of Huber's loss included
     n_iterations     steps tried
     """
 
@@ -116,18 +105,16 @@ def minimize(
     jacobian: Function,
     start: ArrayLike,
     *,
-    loss: Loss = "squared",
-    loss_scale: float = 1.0,
+    huber_scale: float = np.inf,
     weights: ArrayLike | None = None,
     max_iterations: int = MAX_ITERATIONS,
-    tolerance: float = TOLERANCE,
 ) -> Minimum:
     """The values, near ``start`` of shape (p,), with the least sum of weight times rho(residual) over n rows.
 
-    ``residuals`` maps values (p,) to (n,), and ``jacobian`` to their derivatives (n, p). ``loss``:
-    ``squared``, rho(r) = r^2, or ``huber``, r^2 up to the scale s = ``loss_scale`` and 2 s |r| - s^2
-    beyond, in the units of the residuals. ``weights``, shape (n,), of at least zero, are one by default.
-    The search has converged when the relative offset is at most ``tolerance``.
+    ``residuals`` maps values (p,) to (n,), and ``jacobian`` to their derivatives (n, p). rho(r) is Huber's loss, r^2
+    up to the scale s = ``huber_scale`` and 2 s |r| - s^2 beyond, in the units of the residuals; without a scale, r^2.
+    ``weights``, shape (n,), of at least zero, are one by default. The search has converged when the relative offset
+    is at most ``TOLERANCE``.
 
     Raises ``InputError`` for a start, weights or settings that make no sense, for arrays that are no
     numbers or of other shapes than these, for fewer rows than parameters, and where residuals or
@@ -137,25 +124,25 @@ def minimize(
     values = _numbers("start", start, 1)
     if not (len(values) and np.isfinite(values).all()):
         raise InputError(f"start is {values.tolist()}; give a finite number for each parameter, and at least one")
-    if loss not in LOSSES:
-        raise InputError(f"{loss!r} is not a loss; choose one of {', '.join(LOSSES)}")
-    if not 0 < loss_scale < np.inf:
-        raise InputError(f"loss_scale is {loss_scale}; give a finite number above zero")
-    if max_iterations < 1 or not 0 <= tolerance < 1:
-        raise InputError(
-            f"max_iterations is {max_iterations} and tolerance {tolerance}; give at least 1, and from 0 to less than 1"
-        )
+    if not huber_scale > 0 or max_iterations < 1:
+        raise InputError(f"huber_scale is {huber_scale}, max_iterations {max_iterations}; give a number above zero for both")
     with np.errstate(all="ignore"):
-        row_weights = _checked_weights(residuals, jacobian, values, weights)
-        problem = _Problem(residuals, jacobian, row_weights, loss_scale if loss == "huber" else np.inf)
+        n_rows = len(_numbers("residuals", residuals(values.copy()), 1))
+        row_weights = np.ones(n_rows) if weights is None else _numbers("weights", weights, 1, (n_rows,))
+        if not (np.isfinite(row_weights) & (row_weights >= 0)).all():
+            raise InputError("weights hold a negative number or one that is not finite; give at least zero for each residual")
+        used = np.count_nonzero(row_weights)
+        if used < len(values):
+            raise InputError(f"{used} residuals of positive weight are too few for {len(values)} parameters; give more rows")
+        problem = _Problem(residuals, jacobian, row_weights, huber_scale)
         here = problem.evaluate(values)
         if here is None or 0 < np.abs(here.residual).max() < SMALLEST_START:
             raise InputError(
-                "residuals or jacobian overflow or underflow when squared at the start; use other units or start elsewhere"
+                "residuals or jacobian are not finite at the start, or overflow or underflow when squared; use other units, "
+                "leave rows out, or start elsewhere"
             )
-        here, n_iterations, status = _search(problem, here, max_iterations, tolerance)
-        freedom = np.count_nonzero(row_weights) - len(values)
-        covariance = here.inverse * (here.size**2 / freedom if freedom else np.nan)
+        here, n_iterations, status = _search(problem, here, max_iterations)
+        covariance = here.inverse * (here.size**2 / (used - len(values)) if used > len(values) else np.nan)
         errors = np.sqrt(np.diag(covariance))
     if status is Status.CONVERGED and not np.isfinite(here.inverse).all():
         status = Status.SINGULAR
@@ -164,12 +151,12 @@ def minimize(
     return Minimum(here.values, covariance, errors, here.cost, here.size**2, n_iterations, status)
 
 
-@dataclass(frozen=True)
-class _Point:
+class _Point(NamedTuple):
     """Values and what a step from them needs: J = basis @ reduced and the residuals r, times the root of the weights.
 
     ``projected`` is basis' r; ``lengths`` are those of the columns of J, ``size`` that of r, ``slope`` that of
-    ``projected``. ``error`` is how far off r is if it is as wrong as rounding of the values, and its own, makes it.
+    ``projected``. ``error`` is how far off r is if it is as wrong as rounding of the values, and its own, makes it,
+    and ``rounding`` how far off the cost is then.
     ``inverse`` is (J'J)^-1, NaN where columns of J scaled to length one are dependent to rounding.
     """
 
@@ -185,15 +172,10 @@ class _Point:
     slope: float
     cost: float
     error: float
-
-    @property
-    def rounding(self) -> float:
-        """How far off the cost is."""
-        return self.error * (2 * self.size + self.error)
+    rounding: float
 
 
-@dataclass(frozen=True)
-class _Problem:
+class _Problem(NamedTuple):
     residuals: Function
     jacobian: Function
     weights: Array
@@ -220,7 +202,8 @@ class _Problem:
         projected, slope = basis.T @ residual, float(np.linalg.norm(basis.T @ residual))
         inverse_root = (rotation.T / singular if seen.all() else np.full_like(rotation, np.nan)) / units[:, None]
         inverse = inverse_root @ inverse_root.T
-        return _Point(values, residual, root, basis, reduced, projected, inverse, lengths, size, slope, cost, error)
+        rounding = error * (2 * size + error)
+        return _Point(values, residual, root, basis, reduced, projected, inverse, lengths, size, slope, cost, error, rounding)
 
     def step(self, here: _Point, longest: Array, damping: float) -> tuple[Array, float]:
         """A step (p,) and the reduction it promises; a step of NaN, to be rejected, where the residuals bend too much."""
@@ -247,12 +230,12 @@ class _Problem:
         return step, promised
 
 
-def _search(problem: _Problem, here: _Point, max_iterations: int, tolerance: float) -> tuple[_Point, int, Status]:
+def _search(problem: _Problem, here: _Point, max_iterations: int) -> tuple[_Point, int, Status]:
     """The point where the search ends, the steps tried, and how it ended."""
     longest = np.where(here.lengths > 0, here.lengths, 1.0)
     damping, growth = START_DAMPING, 2.0
     for n_iterations in range(max_iterations):
-        if here.slope <= tolerance * here.size:
+        if here.slope <= TOLERANCE * here.size:
             return here, n_iterations, Status.CONVERGED
         at_rounding = here.slope**2 <= here.rounding
         step, promised = problem.step(here, longest, damping)
@@ -270,40 +253,16 @@ def _search(problem: _Problem, here: _Point, max_iterations: int, tolerance: flo
             damping, growth = damping * max(1 / 3, 1 - (2 * gain - 1) ** 3), 2.0
         else:
             damping, growth = damping * growth, growth * 2
-    return here, max_iterations, Status.CONVERGED if here.slope <= tolerance * here.size else Status.NOT_CONVERGED
-
-
-def _checked_weights(residuals: Function, jacobian: Function, start: Array, weights: ArrayLike | None) -> Array:
-    """The weights (n,), ones by default, once what the functions give at the start is found right."""
-    first = _numbers("residuals", residuals(start.copy()), 1)
-    slopes = _numbers("jacobian", jacobian(start.copy()), 2, (len(first), len(start)))
-    for name, array in (("residuals", first), ("jacobian", slopes)):
-        bad = np.flatnonzero(~np.isfinite(array.reshape(len(first), -1)).all(axis=1))
-        if len(bad):
-            raise InputError(
-                f"{name} is not finite in {len(bad)} of {len(first)} rows at the start, first in row {bad[0]} (from 0); "
-                "start elsewhere or leave those rows out"
-            )
-    checked = np.ones(len(first)) if weights is None else _numbers("weights", weights, 1, first.shape)
-    if not (np.isfinite(checked) & (checked >= 0)).all():
-        raise InputError("weights hold a negative number or one that is not finite; give at least zero for each residual")
-    if np.count_nonzero(checked) < len(start):
-        raise InputError(
-            f"{np.count_nonzero(checked)} residuals of positive weight are too few for {len(start)} parameters; "
-            "give more rows or leave out parameters"
-        )
-    return checked
+    return here, max_iterations, Status.CONVERGED if here.slope <= TOLERANCE * here.size else Status.NOT_CONVERGED
 
 
 def _numbers(name: str, given: ArrayLike, n_axes: int, shape: tuple[int, ...] | None = None) -> Array:
     """A copy as floats, or ``InputError`` where it is no array of real numbers with that shape."""
     try:
-        array = np.asarray(given)
-    except ValueError:
-        array = np.array(None)  # rows of different lengths
-    if array.dtype.kind not in "fiub":
-        raise InputError(f"{name} must be an array of real numbers; give {n_axes} axes of equal rows, without text or gaps")
+        array = np.asarray(given).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be an array of real numbers; give equal rows, without text or gaps") from None
     if array.ndim != n_axes or (shape is not None and array.shape != shape):
         expected = f"shape {shape}" if shape else f"{n_axes} axis"
         raise InputError(f"{name} has shape {array.shape}; give {expected}, a row per residual and a column per parameter")
-    return array.astype(np.float64)
+    return array

@@ -30,17 +30,12 @@ def read_presets(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The presets file: preset -> notebook -> parameter -> value."""
     try:
         presets = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a presets file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())}); mend it") from None
-    nested = isinstance(presets, dict) and all(
-        isinstance(notebooks or {}, dict) and all(isinstance(v or {}, dict) for v in (notebooks or {}).values())
-        for notebooks in presets.values()
-    )
-    if not nested:
-        raise InputError(f"{path}: holds no presets; write preset, notebook, parameter and value as nested keys")
-    return {preset: {name: dict(v or {}) for name, v in (notebooks or {}).items()} for preset, notebooks in presets.items()}
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({error}); give a presets file") from None
+    try:
+        return {preset: {name: dict(v or {}) for name, v in (notebooks or {}).items()} for preset, notebooks in presets.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{path}: holds no presets; write preset, notebook, parameter and value as nested keys") from None
 
 
 def declared_parameters(notebook: Path) -> dict[str, ast.expr]:
@@ -50,10 +45,8 @@ def declared_parameters(notebook: Path) -> dict[str, ast.expr]:
     """
     try:
         content = nbformat.read(notebook, as_version=4)
-    except OSError as error:
-        raise InputError(f"{notebook}: cannot be read ({error.strerror}); give a notebook") from None
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError):
-        raise InputError(f"{notebook}: is not a notebook; give an .ipynb file") from None
+    except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+        raise InputError(f"{notebook}: cannot be read as a notebook ({type(error).__name__}); give an .ipynb file") from None
     cells = [cell for cell in content.cells if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise InputError(f"{notebook}: has {len(cells)} cells tagged 'parameters'; tag exactly one")
@@ -64,9 +57,7 @@ def declared_parameters(notebook: Path) -> dict[str, ast.expr]:
     parameters = {}
     for statement in statements:
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
-            raise InputError(
-                f"{notebook}: the parameters cell has {ast.unparse(statement)!r}; write every line as name: type = default"
-            )
+            raise InputError(f"{notebook}: {ast.unparse(statement)!r} is no parameter; write each line as name: type = default")
         parameters[statement.target.id] = statement.annotation
     return parameters
 
@@ -125,8 +116,7 @@ def repository_url(pyproject: Path) -> str | None:
     """The repository's address: GITHUB_REPOSITORY in a workflow, else ``Repository`` in [project.urls]."""
     if name := os.environ.get("GITHUB_REPOSITORY"):
         return f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
-    urls = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"].get("urls", {})
-    return urls.get("Repository")
+    return tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"].get("urls", {}).get("Repository")
 
 
 def book_configuration(config: Mapping[str, Any], url: str | None) -> dict[str, Any]:
@@ -169,11 +159,9 @@ def build_book(tree: Path, output: Path) -> None:
 def _prune_mathjax(folder: Path) -> None:
     """Leave what a page loads: the TeX-to-HTML bundle, its fonts and the TeX extensions it loads by name."""
     keep = (folder / "tex-chtml.js", folder / "output" / "chtml" / "fonts", folder / "input" / "tex" / "extensions")
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_file() and not any(path == kept or kept in path.parents for kept in keep):
+    for path in list(folder.rglob("*")):
+        if path.is_file() and not any(path.is_relative_to(kept) for kept in keep):
             path.unlink()
-        elif path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
 
 
 def replace_folder(source: Path, destination: Path) -> None:
@@ -210,17 +198,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("snakemake", help="run Snakemake, one at a time in this folder; its arguments follow")
     one = commands.add_parser("execute", help="execute one notebook with the parameters of a preset")
-    one.add_argument("notebook", type=Path)
-    one.add_argument("output", type=Path)
     one.add_argument("--presets", type=Path, default=Path("notebooks/presets.yml"))
     one.add_argument("--preset", default="laptop")
     one.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "YAML"))
     book = commands.add_parser("book", help="build the book from a tree of executed notebooks")
-    book.add_argument("tree", type=Path)
-    book.add_argument("output", type=Path)
     publish = commands.add_parser("publish", help="copy built pages to where readers open them, whole or not at all")
-    publish.add_argument("pages", type=Path)
-    publish.add_argument("output", type=Path)
+    for command, source in ((one, "notebook"), (book, "tree"), (publish, "pages")):
+        command.add_argument(source, type=Path)
+        command.add_argument("output", type=Path)
     parsed, others = parser.parse_known_args(arguments)
     if others and parsed.command != "snakemake":
         parser.error(f"unrecognized arguments: {' '.join(others)}")

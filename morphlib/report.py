@@ -10,7 +10,6 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-import matplotlib as mpl
 import myst_nb
 import pandas as pd
 from IPython.display import HTML
@@ -19,35 +18,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-# Okabe and Ito's palette without black and yellow: told apart by colour-blind readers, and
-# visible on a white and on a nearly black page.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+pyplot.style.use(str(resources.files("morphlib") / "book.mplstyle"))
+COLOURS: tuple[str, ...] = tuple(pyplot.rcParams["axes.prop_cycle"].by_key()["color"])
 MARKERS = ("o", "s", "^", "D", "v", "P")
-
-# Text and axes take the colour of the page's text: a stand-in that no palette uses is drawn and replaced.
-_TEXT_COLOUR = "#0a0b0c"
-
-STYLE = {
-    "axes.edgecolor": _TEXT_COLOUR,
-    "axes.labelcolor": _TEXT_COLOUR,
-    "axes.prop_cycle": pyplot.cycler(color=COLOURS),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.use": True,
-    "figure.figsize": (7.2, 3.6),
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "savefig.transparent": True,
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
-    "svg.hashsalt": "morphlib",  # the same figure gives the same file
-    "text.color": _TEXT_COLOUR,
-    "xtick.color": _TEXT_COLOUR,
-    "ytick.color": _TEXT_COLOUR,
-}
 
 
 def figure(drawing: Figure, alt: str, caption: str) -> HTML:
@@ -55,7 +28,7 @@ def figure(drawing: Figure, alt: str, caption: str) -> HTML:
     buffer = io.StringIO()
     drawing.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(drawing)
-    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :].replace(_TEXT_COLOUR, "currentColor")
+    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :].replace(pyplot.rcParams["text.color"], "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     opening = f'<svg role="img" aria-label="{escape(alt)}" style="max-width: 100%; height: auto"'
     return HTML(f"<figure>{svg.replace('<svg', opening, 1)}<figcaption>{escape(caption)}</figcaption></figure>")
@@ -108,6 +81,3 @@ def paper_reported(law: str, exponents: str, fit_on: str | None) -> dict[str, fl
         reported = pd.read_csv(file)
     rows = reported[(reported["law"] == law) & (reported["exponents"] == exponents) & (reported["fit_on"] == fit_on)]
     return dict(zip(rows["quantity"], rows["value"], strict=True))
-
-
-mpl.rcParams.update(STYLE)

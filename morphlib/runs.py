@@ -20,13 +20,12 @@ from morphlib.errors import InputError
 from morphlib.laws import Array
 from morphlib.shapes import CONVENTIONS, Convention, Shape
 
-BUNDLED = {"paper": "paper_runs.csv"}
-
 # Norms, biases and a rounded figure move a count by less than this; the wrong convention moves
 # the paper's counts by 14 % or more.
 COUNT_TOLERANCE = 0.01
 
 
+POWER_OF = {"C/M": "N", "CM": "D"}  # variables that are another one raised to a power
 LARGEST_WHOLE = 2**31  # of a width, a depth or a vocabulary; beyond it the number is a slip
 
 
@@ -109,20 +108,19 @@ def load(
     table = table.rename(columns={given: name for name, given in mapped.items()})
     if average_logs:
         table["loss"] = _losses_from_logs(table, where)
-    table = _validate(table, where, SCHEMA if measured or "loss" in table else SCHEMA.remove_columns(["loss"]))
-    if "n_kv_heads" in table and "n_heads" not in table:
-        raise InputError(f"{where}: column n_heads is missing; n_kv_heads says nothing without it")
+    table = check(table, where, measured=measured)
     if "n_count" not in table:
         if count is None:
             raise InputError(
-                f"{where}: nothing says how n_params is counted; add a column n_count or pass a convention "
-                f"(--count), one of {', '.join(CONVENTIONS)}"
+                f"{where}: no n_count says how n_params is counted; add the column, or --count, one of {', '.join(CONVENTIONS)}"
             )
         table["n_count"] = count
-    _check_duplicates(table, where)
-    _check_counts(table, where)
-    if count is not None:
-        table = _convert(table, count, where)
+    repeated = table.duplicated(["name", "tokens"])
+    if repeated.any():
+        row = int(repeated.to_numpy().argmax())
+        shape, tokens = table.loc[row, ["name", "tokens"]]
+        raise InputError(f"{where}: row {row + 2} repeats name {shape!r} with {tokens:.0f} tokens; keep one, or rename one")
+    table = _recounted(table, count, where)
     if table["n_count"].nunique() > 1:
         raise InputError(f"{where}: column n_count mixes conventions; pass one (--count) to convert the rows to it")
     if "family" not in table:
@@ -149,9 +147,8 @@ def variables(table: pd.DataFrame | Mapping[str, ArrayLike]) -> dict[str, Array]
         "CM": 6 * d**2,
     }
     if "d_ff" in table:
-        kv_share = 1.0
-        if "n_kv_heads" in table and "n_heads" in table:
-            kv_share = np.asarray(table["n_kv_heads"], dtype=float) / np.asarray(table["n_heads"], dtype=float)
+        heads = np.asarray(table.get("n_heads", 1.0), dtype=float)
+        kv_share = np.asarray(table.get("n_kv_heads", heads), dtype=float) / heads
         values["M"] = 3 * np.asarray(table["d_ff"], dtype=float) / (2 * width * (1 + kv_share))
     return values
 
@@ -163,10 +160,9 @@ def fit_mask(table: pd.DataFrame, column: str | None) -> np.ndarray:
     if column not in table:
         known = ", ".join(name for name in table.columns if name.startswith("fit_")) or "none here"
         raise InputError(f"the table has no column {column!r} to fit on; columns that mark fit sets: {known}")
-    values = table[column]
-    if not values.isin([0, 1]).all():
+    if not table[column].isin([0, 1]).all():
         raise InputError(f"column {column!r} cannot mark the rows to fit on; it must hold only 0 and 1")
-    return values.to_numpy() == 1
+    return table[column].to_numpy() == 1
 
 
 def size_families(n_params: pd.Series) -> pd.Series:
@@ -178,34 +174,27 @@ def size_families(n_params: pd.Series) -> pd.Series:
 
 
 def _read(source: str | Path) -> pd.DataFrame:
-    if source in BUNDLED:
-        with resources.files("morphlib").joinpath("data", BUNDLED[str(source)]).open(encoding="utf-8") as file:
-            return pd.read_csv(file)
+    path = str(resources.files("morphlib") / "data/paper_runs.csv") if source == "paper" else source
     try:
         with warnings.catch_warnings():
-            # a row with more fields than the header: pandas would shift the columns or cut the row
+            # of a row with more fields than the header, whose columns pandas would shift or cut
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(source, index_col=False, skipinitialspace=True, compression=None)
-            header = pd.read_csv(source, header=None, nrows=1, dtype=str, skipinitialspace=True, compression=None).iloc[0]
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror or error}); give a CSV file or 'paper'") from None
-    except pd.errors.ParserWarning:
-        raise InputError(f"{source}: a row has more fields than the header; give every column a name") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise InputError(f"{source}: is not a CSV table ({str(error).strip()}); give a CSV file with a header") from None
+            table = pd.read_csv(path, index_col=False, skipinitialspace=True, compression=None)
+            header = pd.read_csv(path, header=None, nrows=1, dtype=str, skipinitialspace=True, compression=None).iloc[0]
+    except (OSError, pd.errors.ParserWarning, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{source}: cannot be read as a CSV table ({error}); give 'paper', or a CSV file whose header names every column"
+        ) from None
     if len(header) == 1 and any(mark in str(header[0]) for mark in ";\t"):
         raise InputError(f"{source}: the columns are not separated by commas; save the file with commas")
     names = header.astype(str).str.strip()
     if names.duplicated().any():
         raise InputError(f"{source}: column {names[names.duplicated()].iloc[0]} is there twice; rename or remove one")
-    if table.empty:
-        raise InputError(f"{source}: has no rows; give at least as many runs as the law has parameters")
     return table.rename(columns=str.strip)
 
 
 def _losses_from_logs(table: pd.DataFrame, where: str) -> list[float]:
-    if missing := [name for name in ("log", "tokens") if name not in table]:
-        raise InputError(f"{where}: column {', '.join(missing)} is missing; averaging logs needs it")
+    _need(table, ["log", "tokens"], where, "averaging logs needs it")
     tokens = pd.to_numeric(table["tokens"], errors="coerce").fillna(0.0)
     folder = Path(where).parent
     return [loss_from_log(folder / str(log), mark) for log, mark in zip(table["log"], tokens, strict=True)]
@@ -218,8 +207,7 @@ def loss_from_log(log: Path, tokens: float) -> float:
     average over all steps up to ``tokens``, rounded to four decimals (``EMA_epoch_loss.py`` of the authors' code).
     """
     steps = _read(log)
-    if missing := [name for name in ("tokens", "loss") if name not in steps]:
-        raise InputError(f"{log}: column {', '.join(missing)} is missing; a log has tokens and loss, one row per step")
+    _need(steps, ["tokens", "loss"], log, "a log has tokens and loss, one row per step")
     values = steps[["tokens", "loss"]].apply(pd.to_numeric, errors="coerce")
     if not np.isfinite(values.to_numpy()).all():
         row = int((~np.isfinite(values.to_numpy()).all(axis=1)).argmax())
@@ -230,14 +218,25 @@ def loss_from_log(log: Path, tokens: float) -> float:
     return round(float(smoothed.mean()), 4)
 
 
-def _validate(table: pd.DataFrame, where: str, schema: pa.DataFrameSchema) -> pd.DataFrame:
-    """The table with its columns checked and cast; the fault highest up in the file is reported."""
+def _need(table: pd.DataFrame, names: Sequence[str], where: str | Path, why: str) -> None:
+    if missing := [name for name in names if name not in table]:
+        raise InputError(f"{where}: column {', '.join(missing)} is missing; {why}")
+
+
+def check(table: pd.DataFrame, where: str, *, measured: bool = True) -> pd.DataFrame:
+    """The table with its columns checked and cast, its rows numbered; ``loss`` may be missing unless ``measured``.
+
+    Raises ``InputError`` for the fault highest up in the table, ``where``, whose rows are counted as lines of a file.
+    """
+    table = table.reset_index(drop=True)
+    schema = SCHEMA if measured or "loss" in table else SCHEMA.remove_columns(["loss"])
     required = [name for name, column in schema.columns.items() if column.required]
-    if missing := [name for name in required if name not in table]:
-        raise InputError(
-            f"{where}: column {', '.join(missing)} is missing; a run table has {', '.join(required)}, the file has "
-            f"{', '.join(map(str, table.columns))}"
-        )
+    shown = ", ".join(map(str, table.columns))
+    _need(table, required, where, f"a run table has {', '.join(required)}, this one has {shown}")
+    if "n_kv_heads" in table:
+        _need(table, ["n_heads"], where, "n_kv_heads says nothing without it")
+    if table.empty:
+        raise InputError(f"{where}: there are no rows; give at least one")
     try:
         valid = schema.validate(table, lazy=True)
     except pa.errors.SchemaErrors as errors:
@@ -256,56 +255,36 @@ def _validate(table: pd.DataFrame, where: str, schema: pa.DataFrameSchema) -> pd
     raise InputError(f"{where}: row {row + 2}, column {name}: {found} {expected}; mend or remove the row")
 
 
-def _check_duplicates(table: pd.DataFrame, where: str) -> None:
-    repeated = table.duplicated(["name", "tokens"])
-    if repeated.any():
-        row = int(repeated.to_numpy().argmax())
-        name, tokens = table.loc[row, ["name", "tokens"]]
-        raise InputError(
-            f"{where}: row {row + 2} repeats name {name!r} with {tokens:.0f} tokens; "
-            "keep one row per name and number of tokens, or give repeated runs names of their own"
-        )
-
-
 def _shape(row: pd.Series) -> Shape:
-    heads = int(row["n_heads"]) if "n_heads" in row else 1
+    heads = int(row.get("n_heads", 1))
     return Shape.of(
         int(row["d_model"]),
         int(row["n_layers"]),
         n_heads=heads,
-        n_kv_heads=int(row["n_kv_heads"]) if "n_kv_heads" in row else heads,
+        n_kv_heads=int(row.get("n_kv_heads", heads)),
         d_ff=int(row["d_ff"]),
         vocab=int(row["vocab"]),
         tied=bool(row.get("tied", 0)),
     )
 
 
-def _check_counts(table: pd.DataFrame, where: str) -> None:
-    """N must agree with the shape, where the table says enough about the shape to count it."""
+def _recounted(table: pd.DataFrame, count: Convention | None, where: str) -> pd.DataFrame:
+    """The table with ``n_params`` counted as ``count`` says, and checked if the table says enough about its shapes."""
+    if count is not None and (table["n_count"] != count).any():
+        _need(table, ["d_ff", "vocab"], where, f"n_params cannot be converted to {count} without it")
     if not {"d_ff", "vocab"} <= set(table.columns):
-        return
+        return table
+    numbers = []
     for index, (_, row) in enumerate(table.iterrows()):
         try:
-            counted = _shape(row).n_params(row["n_count"])
+            shape = _shape(row)
         except ValueError as error:
             raise InputError(f"{where}: row {index + 2}: {error}") from None
+        counted = shape.n_params(row["n_count"])
         if abs(row["n_params"] - counted) > COUNT_TOLERANCE * counted:
             raise InputError(
                 f"{where}: row {index + 2}, column n_params: {row['n_params']:.0f} does not agree with the shape, which "
                 f"has {counted} parameters ({row['n_count']}); mend n_params, n_count or the shape"
             )
-
-
-def _convert(table: pd.DataFrame, count: Convention, where: str) -> pd.DataFrame:
-    """The table with every ``n_params`` counted as ``count`` says."""
-    if (table["n_count"] == count).all():
-        return table
-    if missing := [name for name in ("d_ff", "vocab") if name not in table]:
-        raise InputError(f"{where}: n_params cannot be converted to {count}: column {', '.join(missing)} is missing; add it")
-
-    def difference(row: pd.Series) -> int:
-        shape = _shape(row)
-        return shape.n_params(count) - shape.n_params(row["n_count"])
-
-    converted = table["n_params"] + table.apply(difference, axis="columns")
-    return table.assign(n_params=converted, n_count=count)
+        numbers.append(row["n_params"] + (shape.n_params(count or row["n_count"]) - counted))
+    return table.assign(n_params=numbers, n_count=count or table["n_count"])

@@ -52,9 +52,7 @@ def test_the_table_of_candidates(paper, main):
     assert set(ranked.index) == set(candidates.index) and (ranked["name"] == candidates["name"][ranked.index]).all()
     assert ranked["flops"].to_numpy() == pytest.approx(6 * (paper["n_params"] * paper["tokens"])[ranked.index].to_numpy())
     assert (ranked["gain_per_flop"].diff().dropna() <= 0).all()
-    hours = np.arange(1.0, len(candidates) + 1)
-    priced = design.rank_next_runs(paper, main, candidates, flops=hours)
-    assert (priced["gain_per_flop"] == priced["gain"] / priced["flops"]).all() and set(priced["flops"]) == set(hours)
+    assert (ranked["gain_per_flop"] == ranked["gain"] / ranked["flops"]).all()
 
 
 def test_a_tied_exponent_is_the_one_it_equals(paper, main):
@@ -110,17 +108,15 @@ def test_a_gain_is_a_fraction_and_knows_no_units(paper, main, rows, power):
 def test_what_cannot_be_ranked_is_refused(paper, main):
     rank = design.rank_next_runs
     for arguments, message in (
-        ((paper.head(9), main, paper), "table of 76 rows and this one has 9"),
+        ((paper.head(9), main, paper), "the fit is of 76 rows and this table has 9"),
         ((paper, main, paper, paper, "alpha"), "not both"),
         ((paper, main, paper, None, "delta"), "no parameter 'delta'; choose one of A, B"),
         ((paper, main, paper.drop(columns=["tokens", "name"])), "candidates: column name, tokens is missing"),
         ((paper, main, paper.head(0)), "candidates: there are no rows"),
         ((paper, main, paper, paper.head(0)), "target rows: there are no rows"),
         ((paper, main, paper.assign(n_count="non_embedding")), "not counted as in the fit \\(total\\)"),
-        ((paper, main, paper.assign(tokens=-1.0)), "of 80M_v1 must be positive numbers"),
-        ((paper, main, paper.assign(n_params="many")), "of 80M_v1 must be positive numbers"),
-        ((paper, main, paper, None, None, np.zeros(76)), "flops must be 76 positive numbers"),
-        ((paper, main, paper, None, None, np.ones(3)), "flops must be 76 positive numbers"),
+        ((paper, main, paper.assign(tokens=-1.0)), "candidates: row 2, column tokens: -1.0 is not a positive number"),
+        ((paper, main, paper, paper.assign(n_params="many")), "target rows: row 2, column n_params: many is not"),
     ):
         with pytest.raises(InputError, match=message):
             rank(*arguments)
@@ -136,7 +132,6 @@ def test_curves_of_a_simulated_design(paper):
     assert curves.groupby("strategy")["repeat"].nunique().to_dict() == {
         "cheapest": 1, "gain": 1, "gain_per_flop": 1, "random": 4,
     }  # fmt: skip
-    assert set(curves["strategy"]) == set(design.STRATEGIES)
     for _, curve in curves.groupby(["strategy", "repeat"]):
         assert list(curve["n_rows"]) == [6, 7, 8, 9] and (curve["flops"].diff().dropna() > 0).all()
     first = curves[curves["n_rows"] == 6]

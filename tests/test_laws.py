@@ -76,7 +76,7 @@ def test_the_formula_as_written():
 def test_the_basis_and_other_units_give_the_same_losses(law, seed):
     rng = np.random.default_rng(seed)
     values = rng.uniform(0.1, 1.5, len(law.parameters))
-    basis, _ = law.basis(values[len(law.linear) :], variables)
+    basis, _, _ = law.basis(values[len(law.linear) :], variables)
     loss = law.predict(values, variables)
     columns = np.stack(np.broadcast_arrays(*basis, variables["N"])[:-1], axis=-1)
     assert np.allclose(columns @ values[: len(law.linear)], loss, rtol=1e-13)
@@ -84,6 +84,21 @@ def test_the_basis_and_other_units_give_the_same_losses(law, seed):
     scaled = {name: column / units[name] for name, column in variables.items()}
     # a factor u^e of up to e^(3 x 1.5) leaves the rounding of a dozen operations
     assert np.allclose(law.predict(law.to_raw(values, units), variables), law.predict(values, scaled), rtol=1e-11)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: f"{law.name}-{law.exponents}")
+def test_a_law_that_holds_a_parameter_is_the_law_there(law):
+    values = np.random.default_rng(0).uniform(0.1, 1.5, len(law.parameters))
+    loss, jacobian = law.predict(values, variables), law.jacobian(values, variables)
+    for index, name in enumerate(law.parameters):
+        held, others = law.holding({name: values[index]}), np.delete(values, index)
+        assert name not in held.parameters and len(held.parameters) == len(others)
+        # the same sums and products, in the same order up to the place of the held term
+        assert np.allclose(held.predict(others, variables), loss, rtol=1e-14)
+        assert np.allclose(held.jacobian(others, variables), np.delete(jacobian, index, axis=1), rtol=1e-13)
+        basis, rest, _ = held.basis(others[len(held.linear) :], variables)
+        columns = np.stack(np.broadcast_arrays(*basis, variables["N"])[:-1], axis=-1)
+        assert np.allclose(columns @ others[: len(held.linear)] + rest, loss, rtol=1e-13)
 
 
 def test_gadres_law_is_chinchillas_with_tied_exponents():

@@ -88,7 +88,7 @@ def test_nist_certified_values(name, start):
 def test_huber_agrees_with_scipy(scale):
     """scipy's cost is half of the sum of the same rho. It is flat at the minimum, so it agrees beyond where scipy stops."""
     residuals, jacobian = with_outliers()
-    found = minimize(residuals, jacobian, [1, 1, 0], loss="huber", loss_scale=scale)
+    found = minimize(residuals, jacobian, [1, 1, 0], huber_scale=scale)
     theirs = scipy_least_squares(
         residuals, [1, 1, 0], jacobian, method="trf", loss="huber", f_scale=scale, xtol=1e-15, ftol=1e-15, gtol=1e-15
     )
@@ -101,7 +101,7 @@ def test_huber_agrees_with_scipy(scale):
 
 def test_huber_is_the_sum_of_rho_and_shrugs_off_outliers():
     residuals, jacobian = with_outliers()
-    robust = minimize(residuals, jacobian, [1, 1, 0], loss="huber", loss_scale=0.1)
+    robust = minimize(residuals, jacobian, [1, 1, 0], huber_scale=0.1)
     distance = np.abs(residuals(robust.values))
     rho = np.where(distance <= 0.1, distance**2, 0.2 * distance - 0.01)
     assert robust.cost == pytest.approx(rho.sum(), rel=100 * EPSILON)
@@ -110,20 +110,19 @@ def test_huber_is_the_sum_of_rho_and_shrugs_off_outliers():
     true = [3, 1.2, 0.5]
     assert np.linalg.norm(robust.values - true) < 0.3 * np.linalg.norm(squared.values - true)
     # with no residual beyond the scale it is the sum of squares, and the search the same to the last digit
-    wide = minimize(residuals, jacobian, [1, 1, 0], loss="huber", loss_scale=1e6)
+    wide = minimize(residuals, jacobian, [1, 1, 0], huber_scale=1e6)
     assert (wide.values == squared.values).all() and wide.cost == squared.cost
     assert squared.sse == pytest.approx(squared.cost, rel=100 * EPSILON)
 
 
-@pytest.mark.parametrize("loss", ["squared", "huber"])
-def test_weights_count_rows(loss):
+@pytest.mark.parametrize("scale", [np.inf, 0.1])
+def test_weights_count_rows(scale):
     """A weight of two is a row given twice, and of zero a row left out; standard errors count rows, not weights."""
     residuals, jacobian = with_outliers()
     weights = np.arange(len(X)) % 3
     times = np.repeat(np.arange(len(X)), weights)
-    options = {"loss": loss, "loss_scale": 0.1}
-    weighted = minimize(residuals, jacobian, [1, 1, 0], weights=weights, **options)
-    repeated = minimize(lambda b: residuals(b)[times], lambda b: jacobian(b)[times], [1, 1, 0], **options)
+    weighted = minimize(residuals, jacobian, [1, 1, 0], weights=weights, huber_scale=scale)
+    repeated = minimize(lambda b: residuals(b)[times], lambda b: jacobian(b)[times], [1, 1, 0], huber_scale=scale)
     # both end within the tolerance of one minimum, in units of standard errors times the root of n - p
     assert weighted.values == pytest.approx(repeated.values, abs=2 * TOLERANCE * 8 * repeated.standard_errors.max())
     assert weighted.cost == pytest.approx(repeated.cost, rel=100 * EPSILON)
@@ -256,11 +255,9 @@ def test_functions_may_change_what_they_are_given_and_reuse_what_they_return():
         ({"start": []}, "at least one"),
         ({"start": 3.0}, "start has shape"),
         ({"start": ["a"]}, "start must be an array of real numbers"),
-        ({"loss": "cauchy"}, "choose one of squared, huber"),
-        ({"loss": "huber", "loss_scale": 0}, "loss_scale is 0"),
-        ({"loss": "huber", "loss_scale": np.nan}, "loss_scale is nan"),
-        ({"max_iterations": 0}, "max_iterations is 0"),
-        ({"tolerance": -1.0}, "tolerance -1.0"),
+        ({"huber_scale": 0}, "huber_scale is 0"),
+        ({"huber_scale": np.nan}, "huber_scale is nan"),
+        ({"max_iterations": 0}, "max_iterations 0"),
         ({"weights": -np.ones(60)}, "weights hold a negative"),
         ({"weights": np.full(60, np.inf)}, "not finite"),
         ({"weights": np.ones(59)}, r"weights has shape \(59,\); give shape \(60,\)"),
@@ -270,11 +267,11 @@ def test_functions_may_change_what_they_are_given_and_reuse_what_they_return():
         ({"residuals": lambda b: X * 1j}, "residuals must be an array of real numbers"),
         ({"residuals": lambda b: [[1.0], [1.0, 2.0]]}, "residuals must be an array of real numbers"),
         ({"residuals": lambda b: None}, "residuals must be an array of real numbers"),
-        ({"residuals": lambda b: np.log(X - 1)}, "residuals is not finite in 12 of 60 rows at the start, first in row 0"),
-        ({"residuals": lambda b: X * 1e300}, "overflow or underflow when squared at the start"),
-        ({"residuals": lambda b: X * 1e-300}, "underflow when squared at the start"),
+        ({"residuals": lambda b: np.log(X - 1)}, "residuals or jacobian are not finite at the start"),
+        ({"residuals": lambda b: X * 1e300}, "overflow or underflow when squared"),
+        ({"residuals": lambda b: X * 1e-300}, "underflow when squared"),
         ({"jacobian": lambda b: np.ones((60, 2))}, r"jacobian has shape \(60, 2\); give shape \(60, 3\)"),
-        ({"jacobian": lambda b: np.full((60, 3), np.inf)}, "jacobian is not finite in 60 of 60 rows"),
+        ({"jacobian": lambda b: np.full((60, 3), np.inf)}, "residuals or jacobian are not finite at the start"),
         ({"residuals": lambda b: X if b[0] == 1 else X[1:]}, r"residuals has shape \(59,\)"),
     ],
 )
@@ -290,21 +287,23 @@ def test_wrong_input_is_refused(change, message):
 @given(
     start=st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 3),
     power=st.integers(-100, 160),
-    loss=st.sampled_from(["squared", "huber"]),
+    huber_scale=st.sampled_from([np.inf, 1.0]),
 )
-def test_any_start_gives_a_minimum_or_says_that_it_is_none(start, power, loss):
+def test_any_start_gives_a_minimum_or_says_that_it_is_none(start, power, huber_scale):
     """Data of any size, from anywhere: no exception but for wrong input, no warning, no NaN, and no cost above the start's."""
     residuals, jacobian = decay()
     scale = 10.0**power
     try:
-        found = minimize(lambda b: residuals(b) * scale, lambda b: jacobian(b) * scale, start, loss=loss, max_iterations=200)
+        found = minimize(
+            lambda b: residuals(b) * scale, lambda b: jacobian(b) * scale, start, huber_scale=huber_scale, max_iterations=200
+        )
     except InputError as error:
         assert "\n" not in str(error)
         return
     assert np.isfinite(found.values).all() and np.isfinite(found.cost)
     if found.converged:
         assert np.isfinite(found.covariance).all()
-    if loss == "squared":
+    if huber_scale == np.inf:
         with np.errstate(all="ignore"):
             first = residuals(np.array(start)) * scale
         assert found.cost <= first @ first * (1 + 100 * EPSILON)

@@ -61,7 +61,7 @@ def test_right_parameters_pass(tmp_path):
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
-    [(None, "0 cells tagged 'parameters'"), ("x = 1", "write every line as name: type = default"),
+    [(None, "0 cells tagged 'parameters'"), ("x = 1", "write each line as name: type = default"),
      ("x: int", "name: type = default"), ("x: set[int] = {1}", "cannot check the annotation")],
 )  # fmt: skip
 def test_a_parameters_cell_that_cannot_be_checked_is_an_error(tmp_path, parameters, message):

@@ -84,16 +84,16 @@ FAULTS = {
     "kv heads without heads": (
         lambda t: t.drop(columns="n_heads").assign(n_kv_heads=4), "column n_heads is missing"),
     "a width beyond all": (lambda t: t.assign(d_model=1e25), "row 2, column d_model: 1e+25"),
-    "no rows": (lambda t: t.head(0), "has no rows"),
+    "no rows": (lambda t: t.head(0), "there are no rows"),
 }  # fmt: skip
 
 
 ODD_FILES = {
-    "more fields than the header": ("name,n_params\na,1,2\nb,1,2\n", "more fields than the header"),
-    "more fields in one row": ("name,n_params\na,1\nb,1,2\n", "not a CSV table"),
+    "more fields than the header": ("name,n_params\na,1,2\nb,1,2\n", "cannot be read as a CSV table"),
+    "more fields in one row": ("name,n_params\na,1\nb,1,2\n", "cannot be read as a CSV table"),
     "semicolons": ("name;n_params\na;1\n", "not separated by commas"),
     "a column twice": ("name,loss,loss\na,1,2\n", "column loss is there twice"),
-    "an empty file": ("", "is not a CSV table"),
+    "an empty file": ("", "cannot be read as a CSV table"),
 }
 
 
