@@ -18,14 +18,11 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq, minimize_scalar
 
 from morphlib import fitting, runs
 from morphlib.errors import InputError
 from morphlib.fitting import CONDITION_LIMIT, Fit
 from morphlib.laws import Array, Law
-
-SEARCHED_RANGE = (1e3, 1e15)  # parameters and tokens, from the smallest toy to beyond any plan
 
 
 def rank_next_runs(
@@ -70,50 +67,6 @@ def rank_next_runs(
     gain, cost = _relative_gain(jacobian / lengths, c, x), _training_flops(candidates)
     ranked = candidates[["name"]].assign(gain=gain, flops=cost, gain_per_flop=gain / cost)
     return ranked.sort_values("gain_per_flop", ascending=False, kind="stable")
-
-
-def cheapest_size(
-    fit: Fit, loss: float, *, aspect_ratio: float | None = None, inference_tokens: float = 0.0
-) -> tuple[float, float, float]:
-    """The N and D that reach a loss (nats per token) with the least FLOPs over training and inference.
-
-    Minimizes 6 N D + 2 N D_inference subject to L(N, D, R) = loss (Sardana et al. 2024, section 2; without
-    ``inference_tokens`` Chinchilla's training-compute optimum). ``aspect_ratio`` is R, where the law reads
-    it. Returns N as the fit counts it, D, and the FLOPs. Raises ``InputError`` for a law that reads
-    more of a shape than R, and for a loss that no size up to 1e15 reaches.
-    """
-    law = fit.law
-    if not set(law.variables) <= {"N", "D", "R", "C/M", "CM"}:
-        raise InputError(f"{law.name} reads width and depth, so N and R do not say its loss; choose a law of N, D and R")
-    if "R" in law.variables and not (aspect_ratio and aspect_ratio > 0):
-        raise InputError(f"{law.name} depends on the aspect ratio; give aspect_ratio, d_model / n_layers")
-    if not inference_tokens >= 0:
-        raise InputError(f"inference_tokens is {inference_tokens}; give a number of at least zero")
-
-    low, high = np.log(SEARCHED_RANGE)
-
-    def cheapest(log_n: float) -> tuple[float, float]:
-        """The logarithms of the FLOPs and of the D with which a size reaches the loss; infinite where none does."""
-
-        def excess(log_d: float) -> float:
-            n, d = np.exp([log_n]), np.exp([log_d])
-            run = {"N": n, "D": d, "R": np.array([aspect_ratio or 1.0]), "C/M": 6 * n**2, "CM": 6 * d**2}
-            return float(law.predict(fit.values, run)[0]) - loss
-
-        if excess(high) > 0:
-            return np.inf, np.inf
-        log_d = low if excess(low) < 0 else float(brentq(excess, low, high, xtol=1e-12))
-        return float(log_n + np.log(6 * np.exp(log_d) + 2 * inference_tokens)), log_d
-
-    grid = np.linspace(low, high, 400)
-    costs = np.array([cheapest(log_n)[0] for log_n in grid])
-    best = int(costs.argmin())
-    if not np.isfinite(costs[best]):
-        raise InputError(f"no size reaches a loss of {loss} by this fit; give a larger one")
-    around = (grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)])
-    log_n = minimize_scalar(lambda log_n: cheapest(log_n)[0], bounds=around, method="bounded", options={"xatol": 1e-9}).x
-    log_flops, log_d = cheapest(log_n)
-    return float(np.exp(log_n)), float(np.exp(log_d)), float(np.exp(log_flops))
 
 
 def _training_flops(rows: pd.DataFrame) -> Array:

@@ -176,36 +176,3 @@ def test_a_simulation_that_cannot_be_run(paper):
     ):
         with pytest.raises(InputError, match=message):
             design.simulate_design(table, LAW, *arguments, **options)
-
-
-@pytest.mark.parametrize("inference_tokens", [0.0, 1e11, 1e13])
-def test_the_cheapest_size_meets_the_condition_of_its_optimum(paper, inference_tokens):
-    """With L = E + A N^-a + B D^-b, a Lagrange multiplier gives a A N^-a D = b B D^-b (D + D_inference / 3)."""
-    fit = fitting.fit(paper, laws.get("chinchilla", "free"))
-    n, d, flops = design.cheapest_size(fit, 3.0, inference_tokens=inference_tokens)
-    p = fit.parameters
-    size, data = p["A"] * n ** -p["alpha"], p["B"] * d ** -p["beta"]
-    assert p["E"] + size + data == pytest.approx(3.0, rel=1e-9)
-    # the search ends within 1e-9 of ln N where the cost is flat to rounding, about its root: 1e-7
-    assert p["alpha"] * size * d == pytest.approx(p["beta"] * data * (d + inference_tokens / 3), rel=1e-5)
-    assert flops == pytest.approx(6 * n * d + 2 * n * inference_tokens, rel=1e-9)
-
-
-def test_inference_asks_for_smaller_models_trained_longer(paper):
-    fit = fitting.fit(paper, laws.get("inference-aware", "free"))
-    sizes = [design.cheapest_size(fit, 3.0, aspect_ratio=100.0, inference_tokens=t) for t in (0.0, 1e11, 1e12, 1e13)]
-    assert [n for n, _, _ in sizes] == sorted((n for n, _, _ in sizes), reverse=True)
-    assert [d for _, d, _ in sizes] == sorted(d for _, d, _ in sizes)
-
-
-def test_a_cheapest_size_that_is_none(paper):
-    fit = fitting.fit(paper, laws.get("inference-aware"))
-    wide = fitting.fit(paper, laws.get("width-depth", "free"))
-    for message, call in (
-        ("give aspect_ratio", lambda: design.cheapest_size(fit, 3.0)),
-        ("give a larger one", lambda: design.cheapest_size(fit, 1.0, aspect_ratio=100.0)),
-        ("at least zero", lambda: design.cheapest_size(fit, 3.0, aspect_ratio=100.0, inference_tokens=-1.0)),
-        ("reads width and depth", lambda: design.cheapest_size(wide, 3.0)),
-    ):
-        with pytest.raises(InputError, match=message):
-            call()
