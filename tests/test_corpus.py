@@ -394,7 +394,7 @@ def test_right_answers_and_evaluation_items(wheel, monkeypatch):
 
 def test_arrow_files_are_evaluation_items(wheel, monkeypatch):
     arrow = pytest.importorskip("pyarrow")
-    table = arrow.table({"question": ["What?", "Who?"], "choices": [["a"], ["b", "c"]], "answer": [0, 1]})
+    table = arrow.table({"question": ["What?", "Who?"], "choices": [["a"], ["b", "c"]], "idx": [0, 1]})
     stream = io.BytesIO()
     with arrow.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table)
@@ -482,7 +482,7 @@ def interrupted(destination):
 
 @pytest.mark.parametrize(
     ("behaviour", "error", "message"),
-    [(sending(b"wrong"), InputError, "SHA-256"),
+    [(sending(b"wrong"), InputError, r"SHA-256 is .* not kept; take thing==1.0 from PyPI, or use the source docstrings"),
      (lambda _: SimpleNamespace(returncode=0, stderr=""), InputError, "no such wheel"),
      (lambda _: SimpleNamespace(returncode=1, stderr="A: a\nB: b\n"), InputError, r"\(B: b\); .*docstrings"),
      (interrupted, KeyboardInterrupt, None)],
