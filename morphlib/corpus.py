@@ -152,8 +152,9 @@ def documents(source: Source, progress: Progress = _silent) -> Iterator[str]:
             for _ in range(int(source["depth"])):
                 items = [item for _, inner in items if isinstance(inner, dict) for item in inner.items()]
             yield from ("\n".join(_strings(*item, source)) for item in items)
-        elif value["idx"] == value["label"]:  # of the answers to a question the right one
-            # the examples before the question end with a blank line
+        # of the answers to a question the right one; examples come first and end with a blank line, except where an answer
+        # stands without its question
+        elif value["idx"] == value["label"] and "\n\n" in value["request"]["context"]:
             yield value["request"]["context"].rpartition("\n\n")[2] + value["request"]["continuation"]
 
 

@@ -374,11 +374,12 @@ def test_objects_become_documents(wheel):
 
 
 def requests(n):
-    """Two requests of one question, and a blank line behind the examples."""
-    context = f"Question: an example\nAnswer: yes\n\nQuestion: {n}?\nAnswer:"
-    for idx, answer in enumerate(["no", "yes"]):
-        yield {"idx": idx, "label": n % 2, "doc": {"query": f"{n}?", "choices": ["no", "yes"], "gold": 1},
-               "request": {"context": context, "continuation": f" {answer}"}}  # fmt: skip
+    """A question with two answers, each behind an example, and the answers once more without the question."""
+    question = f"Question: an example\nAnswer: yes\n\nQuestion: {n}?\nAnswer:"
+    item = {"query": f"{n}?", "choices": ["no", "yes"], "gold": 1}
+    for context in (question, "Answer:"):
+        for idx, answer in enumerate([" no", " yes"]):
+            yield {"idx": idx, "label": n % 2, "doc": item, "request": {"context": context, "continuation": answer}}
 
 
 def test_right_answers_and_evaluation_items(wheel, monkeypatch):
@@ -389,7 +390,7 @@ def test_right_answers_and_evaluation_items(wheel, monkeypatch):
         "Question: 2?\nAnswer: no",
     ]
     monkeypatch.setattr(corpus, "sources", lambda: {"evaluations": source})
-    assert list(corpus.evaluation_texts()) == ["1?\nno\nyes", "2?\nno\nyes"]
+    assert sorted(set(corpus.evaluation_texts())) == ["1?\nno\nyes", "2?\nno\nyes"]
 
 
 def test_arrow_files_are_evaluation_items(wheel, monkeypatch):
