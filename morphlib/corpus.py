@@ -326,7 +326,7 @@ def build(
         read = [document for name in names for document in _read(name, limit_bytes, progress)]
         progress(f"{len(read)} documents: leaving out duplicates and evaluation items, then {tokenizer}")
         table = pd.DataFrame(read, columns=["source", "text", "bytes", "hash"])
-        table["fate"] = _fates(table, evaluations := list(evaluations))
+        table["fate"] = _fates(table, evaluations := set(evaluations))
         table = table.sort_values("hash", key=lambda hashes: hashes.map(lambda one: _sha256(f"{seed} {one}".encode())))
         parts = {"train": table[table["fate"] == "train"]}
         parts |= {name: table[(table["fate"] == "held_out") & (table["source"] == name)] for name in names}
