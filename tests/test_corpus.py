@@ -86,6 +86,7 @@ def test_the_table_is_whole():
         assert source["default"] in (("",) if source["kind"] in ("evaluation", "tokenizer") else ("0", "1")), name
         if source["wheel"]:
             assert re.fullmatch("[0-9a-f]{64}", source["sha256"]), name
+            assert source["kind"] not in ("english", "api") or int(source["bytes"]) > int(source["documents"]) > 0, name
             assert source["wheel"] == f"{source['package'].replace('-', '_')}-{source['version']}-py3-none-any.whl"
     assert "olmes" not in corpus.text_sources("1") and "olmes" in corpus.text_sources()
 
@@ -473,6 +474,13 @@ def test_a_download_is_kept_and_checked_again(pip, tmp_path):
     assert corpus.download(THING) == path
     path.write_bytes(b"wrong")
     with pytest.raises(InputError, match=r"thing.whl: its SHA-256 is .*; remove the file, and it is downloaded anew"):
+        corpus.download(THING)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MORPH_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"file.*Not a directory; name a folder"):
         corpus.download(THING)
 
 
