@@ -405,7 +405,7 @@ def test_arrow_files_are_evaluation_items(wheel, monkeypatch):
     assert list(corpus.evaluation_texts()) == ["What?\na", "Who?\nb\nc"]
 
 
-@pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil.json", "data/../../evil.json", "data\\..\\evil.json"])
+@pytest.mark.parametrize("name", ["../evil.json", "/evil.json", "data/../../evil.json", "data\\..\\evil.json"])
 def test_a_member_outside_the_archive_is_refused(wheel, tmp_path, name):
     source = wheel({"data/a.json": "{}", name: "{}"}, members="*.json")
     before = sorted(tmp_path.rglob("*"))
