@@ -186,7 +186,7 @@ def _predict(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
-    _progress("measuring bandwidth, throughput and launch cost, about 40 seconds")
+    _progress("measuring bandwidth, throughput and launch cost, about half a minute")
     found = hardware.calibrate(arguments.device)
     _progress("")
     return found | {"path": str(hardware.calibration_path())}
@@ -238,5 +238,7 @@ def _remarks(rows: list[dict[str, Any]]) -> Iterable[str]:
 
 def _show_calibration(result: dict[str, Any]) -> None:
     print(f"{result['hardware']}, stored in {result['path']}")
-    for name, estimate in result["estimates"].items():
-        print(f"{name:<18}{estimate['value']:>12.4g}   ({estimate['low']:.4g} to {estimate['high']:.4g})")
+    for bits in (16, 32):
+        for name, number in result[f"{bits}_bits"].items():
+            if isinstance(number, dict):
+                print(f"{bits} bits {name:<30}{number['value']:>12.4g}   ({number['low']:.4g} to {number['high']:.4g})")
