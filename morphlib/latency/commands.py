@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morphlib.errors import InputError
 from morphlib.latency import hardware
-from morphlib.latency.engines import ENGINES, Configuration
+from morphlib.latency.engines import DEVICES, ENGINES, Configuration
 from morphlib.latency.models import DTYPES
 from morphlib.shapes import BITS
 
@@ -39,16 +38,14 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser], cou
     measure.add_argument("--shape", action="append", metavar="SHAPE", help=f"{what}, or a folder with a model; may be repeated")
     measure.add_argument("--engine", choices=ENGINES, help="(default: hf-eager)")
     measure.add_argument("--dtype", choices=DTYPES, help="(default: bf16)")
-    measure.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto, CUDA where there is one)")
+    measure.add_argument("--device", choices=DEVICES, help="(default: auto, CUDA where there is one)")
     measure.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: one for each core)")
     how = measure.add_mutually_exclusive_group()
     how.add_argument("--protocol", metavar="NAME", help="lengths, sampling and repeats of one of the authors' scripts")
     how.add_argument("--quick", action="store_true", help="few runs and a wide interval")
     together = "how many to hold in memory and time in turn (default: every --shape, one row of a grid)"
     measure.add_argument("--together", type=count, metavar="N", help=together)
-    measure.add_argument(
-        "--cap-seconds", type=count, metavar="S", help="stop after so long even if not converged (default: 90)"
-    )
+    measure.add_argument("--cap-seconds", type=count, metavar="S", help="stop after so long, converged or not (default: 90)")
     measure.add_argument("--grid", type=Path, metavar="CSV", help="time the rows of this file instead of --shape")
     measure.add_argument("--record", type=Path, metavar="CSV", help="append each row to this file; skip what it holds already")
     measure.set_defaults(run=_measure, show=_show)
@@ -61,12 +58,12 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser], cou
     predict.add_argument("--weight-bits", type=int, choices=BITS, default=16, help="(default: %(default)s)")
     predict.add_argument("--kv-bits", type=int, choices=BITS, help="(default: 16)")
     launch = "cost of dispatching one operation on the host, in microseconds, with its interval"
-    predict.add_argument("--host-launch-us", type=_interval, metavar="VALUE[,LOW,HIGH]", help=launch)
+    predict.add_argument("--host-launch-us", dest="host_launch_s", type=_interval, metavar="VALUE[,LOW,HIGH]", help=launch)
     predict.set_defaults(run=_predict, show=_show)
 
     about = "Measure bandwidth, matrix throughput and launch cost of this machine, for --gpu this. Takes less than a minute."
     calibrate = latency.add_parser("calibrate", help="measure this machine for --gpu this", description=about)
-    calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    calibrate.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
     calibrate.add_argument("--json", action="store_true", help="print one JSON object")
     calibrate.set_defaults(run=_calibrate, show=_show_calibration)
 
@@ -77,12 +74,13 @@ def _interval(text: str) -> hardware.Estimate:
         value, low, high = numbers * 3 if len(numbers) == 1 else numbers
         return hardware.Estimate(value, low, high, "given")
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a cost; write VALUE or VALUE,LOW,HIGH with low <= value <= high"
-        ) from None
+        how = "write VALUE or VALUE,LOW,HIGH with low <= value <= high"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a cost; {how}") from None
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tqdm import tqdm
+
     from morphlib.latency import timing
 
     settings: dict[str, Any] = {}
@@ -97,18 +95,15 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     together = arguments.together or (1 if arguments.grid else max(1, len(wanted)))
     groups = [wanted[i : i + together] for i in range(0, len(wanted), together)]
     measured: list[Measurement] = []
-    start_s = time.time()
-    for number, group in enumerate(groups):
-        end = time.localtime(start_s + (time.time() - start_s) * len(groups) / number) if number else None
-        before = f"{number + 1} of {len(groups)}{time.strftime(', done at about %H:%M', end) if end else ''}: "
-        found = timing.measure(group, stopping, warm_up=warm_up, progress=lambda line, before=before: _progress(before + line))  # type: ignore[misc]
-        measured += found
-        _progress("")
-        for m in found:
-            if m.error:
-                print(f"morph latency: {m.error}", file=sys.stderr)
-            elif arguments.record:
-                timing.append(arguments.record, m.row())
+    with tqdm(groups, disable=None, leave=False, bar_format="{n} of {total} done, {remaining} left; {desc}") as bar:
+        for group in bar:
+            found = timing.measure(group, stopping, warm_up=warm_up, progress=bar.set_description_str)
+            measured += found
+            for m in found:
+                if m.error:
+                    bar.write(f"morph latency: {m.error}", file=sys.stderr)
+                elif arguments.record:
+                    timing.append(arguments.record, m.row())
     good = [m for m in measured if not m.error]
     if measured and not good:
         raise InputError(f"none of {len(measured)} configurations could be timed; the lines above say why")
@@ -124,27 +119,17 @@ def _planned(arguments: argparse.Namespace, settings: dict[str, Any]) -> list[Co
     named = {f.name: value for f in fields(Configuration) if (value := getattr(arguments, f.name, None)) is not None}
     if (arguments.grid is None) == (not arguments.shape):
         raise InputError("say what to time: --shape, which may be repeated, or --grid with a file")
-    rows = _grid(arguments.grid) if arguments.grid else [{"model": shape} for shape in arguments.shape]
-    return [Configuration(**settings | row | named) for row in rows]
-
-
-def _grid(path: Path) -> list[dict[str, Any]]:
-    """The configurations of a file whose columns are fields of ``Configuration``; an empty cell takes the default."""
+    if not arguments.grid:
+        return [Configuration(**settings | {"model": shape} | named) for shape in arguments.shape]
     import pandas as pd
 
     try:
-        table = pd.read_csv(path).convert_dtypes()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({' '.join(str(error).split())}); give a CSV file with the column model"
-        ) from None
-    kinds = {f.name: str(f.type) for f in fields(Configuration)}
-    if not {"model"} <= set(table) <= set(kinds):
-        raise InputError(f"{path}: its columns must be model and any of {', '.join(kinds)}; mend the header")
-    for name in map(str, table):
-        if kinds[name].startswith("int") and table[name].dtype.kind not in "iu":
-            raise InputError(f"{path}: column {name} must hold whole numbers; mend it")
-    return [{str(name): value for name, value in row.items() if not pd.isna(value)} for row in table.to_dict("records")]
+        table = pd.read_csv(arguments.grid).convert_dtypes().to_dict("records")
+        rows = [{str(name): value for name, value in row.items() if not pd.isna(value)} for row in table]
+        return [Configuration(**settings | row | named) for row in rows]
+    except (OSError, ValueError, TypeError) as error:
+        columns = ", ".join(f.name for f in fields(Configuration))
+        raise InputError(f"{arguments.grid}: cannot be read as settings ({error}); give a CSV file of {columns}") from None
 
 
 def _numbers(estimate: hardware.Estimate) -> dict[str, float]:
@@ -163,39 +148,24 @@ def _result(m: Measurement) -> dict[str, Any]:
 def _predict(arguments: argparse.Namespace) -> dict[str, Any]:
     from morphlib.latency import analytic, models
 
-    lengths = {name: value for name in ("batch", "in_tokens", "out_tokens") if (value := getattr(arguments, name)) is not None}
+    names = ("batch", "in_tokens", "out_tokens", "weight_bits", "kv_bits", "host_launch_s")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     results = []
     for text in arguments.shape:
         shape, architecture = models.shape_of(text)
         for gpu in arguments.gpu or ["A100-40GB"]:
-            predicted = analytic.predict(
-                shape,
-                gpu,
-                arguments.mode,
-                weight_bits=arguments.weight_bits,
-                kv_bits=arguments.kv_bits,
-                host_launch_s=arguments.host_launch_us,
-                architecture=architecture,
-                **lengths,
-            )
+            predicted = analytic.predict(shape, gpu, arguments.mode, architecture=architecture, **given)
             times = {name: _numbers(getattr(predicted, name)) for name in TIMES}
-            names = {"shape": str(shape), "gpu": predicted.gpu, "mode": predicted.mode, "kind": "predicted"}
+            of = {"shape": str(shape), "gpu": predicted.gpu, "mode": predicted.mode, "kind": "predicted"}
             more = {"model": text, "architecture": architecture, "decode_step": asdict(predicted.decode_step)}
-            results.append(names | times | more)
+            results.append(of | times | more)
     return {"results": results}
 
 
 def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
-    _progress("measuring bandwidth, throughput and launch cost, about 40 seconds")
-    found = hardware.calibrate(arguments.device)
-    _progress("")
-    return found | {"path": str(hardware.calibration_path())}
-
-
-def _progress(line: str) -> None:
-    """One line that replaces the last, where somebody watches."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        print("measuring bandwidth, throughput and launch cost, about half a minute", file=sys.stderr)
+    return hardware.calibrate(arguments.device) | {"path": str(hardware.calibration_path())}
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -210,8 +180,9 @@ def _show(result: dict[str, Any]) -> None:
         print(f"{row['shape']:<{width}}{row.get('gpu') or row['device']:<20.19}{row.get('mode') or row['engine']:<13}{times}")
     if kinds := {row["architecture"] for row in rows if "architecture" in row}:
         print(f"predicted with the operations of {', '.join(sorted(kinds))} in transformers; ± has all constants at their ends")
-    for line in _remarks(rows):
-        print(line)
+    for row in rows:
+        if row["kind"] == "measured":
+            _show_remarks(row)
 
 
 def _cell(numbers: dict[str, float] | None, scale: float) -> str:
@@ -221,22 +192,23 @@ def _cell(numbers: dict[str, float] | None, scale: float) -> str:
     return f"{scale * numbers['value']:>9.4g} ±{scale * half:<7.2g}"
 
 
-def _remarks(rows: list[dict[str, Any]]) -> Iterable[str]:
-    """What a reader of measured rows must know."""
-    for row in (row for row in rows if row["kind"] == "measured"):
-        if not row["converged"]:
-            yield f"{row['shape']}: not converged after {row['n_runs']} runs, the median is known to {row['noise']:.1%}"
-        if row["disturbed"]:
-            busy = f"took {row['other_load']:.0%} of its cores and {row['load_elsewhere']:.0%} of the others"
-            yield f"{row['shape']}: other programs {busy}; time it again when the machine is quiet"
-        if not row["ttft_agrees"]:
-            yield f"{row['shape']}: two measures of TTFT differ, {row['ttft_s']['value']:.4g} s and {row['ttft_alone_s']:.4g} s"
-        if "ratio_to_first" in row:
-            ratio = row["ratio_to_first"]
-            yield f"{row['shape']}: {ratio['value']:.3f} times the first ({ratio['low']:.3f} to {ratio['high']:.3f})"
+def _show_remarks(row: dict[str, Any]) -> None:
+    """What a reader of a measured row must know."""
+    if not row["converged"]:
+        print(f"{row['shape']}: not converged after {row['n_runs']} runs, the median is known to {row['noise']:.1%}")
+    if row["disturbed"]:
+        busy = f"took {row['other_load']:.0%} of its cores and {row['load_elsewhere']:.0%} of the others"
+        print(f"{row['shape']}: other programs {busy}; time it again when the machine is quiet")
+    if not row["ttft_agrees"]:
+        print(f"{row['shape']}: two measures of TTFT differ, {row['ttft_s']['value']:.4g} s and {row['ttft_alone_s']:.4g} s")
+    if "ratio_to_first" in row:
+        ratio = row["ratio_to_first"]
+        print(f"{row['shape']}: {ratio['value']:.3f} times the first ({ratio['low']:.3f} to {ratio['high']:.3f})")
 
 
 def _show_calibration(result: dict[str, Any]) -> None:
     print(f"{result['hardware']}, stored in {result['path']}")
-    for name, estimate in result["estimates"].items():
-        print(f"{name:<18}{estimate['value']:>12.4g}   ({estimate['low']:.4g} to {estimate['high']:.4g})")
+    for bits in (16, 32):
+        for name, number in result[f"{bits}_bits"].items():
+            if isinstance(number, dict):
+                print(f"{bits} bits {name:<30}{number['value']:>12.4g}   ({number['low']:.4g} to {number['high']:.4g})")

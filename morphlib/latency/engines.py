@@ -2,31 +2,30 @@
 
 ``Worker`` starts a process for one configuration and asks it for generations, one at a time, so that two
 configurations can be timed in turn and neither inherits the other's caches, compiled code or memory.
-The two talk in lines of JSON over pipes: the configuration, then for each generation the numbers of tokens
-in and out, answered by the times. This file is also that process: ``python -m morphlib.latency.engines``.
+Its types must be known to both sides: the process of vLLM has an environment of its own, and ours loads no torch.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Literal, Self, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from morphlib.errors import InputError
 from morphlib.latency import models
 
-Engine = Literal["hf-eager", "hf-compiled", "cuda-graph", "vllm"]
-ENGINES: tuple[Engine, ...] = get_args(Engine)
+ENGINES = ("hf-eager", "hf-compiled", "cuda-graph", "vllm")
+DEVICES = ("auto", "cpu", "cuda")
 SPARE_MEMORY = 0.9  # of what is free; the rest is left to the other programs
 
 
@@ -42,7 +41,7 @@ class Configuration:
     """
 
     model: str
-    engine: Engine = "hf-eager"
+    engine: str = "hf-eager"
     dtype: str = "bf16"
     device: str = "auto"
     batch: int = 1
@@ -55,26 +54,20 @@ class Configuration:
     synchronize: bool = True
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("engine", self.engine, ENGINES),
-            ("dtype", self.dtype, tuple(models.DTYPES)),
-            ("device", self.device, ("auto", "cpu", "cuda")),
-        ):
-            if value not in known:
-                raise InputError(f"{name} {value!r} is not known; choose one of {', '.join(known)}")
+        for name, known in {"engine": ENGINES, "dtype": tuple(models.DTYPES), "device": DEVICES}.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} {getattr(self, name)!r} is not known; choose one of {', '.join(known)}")
         cores = len(_usable_cores())
         object.__setattr__(self, "threads", cores if self.threads is None else self.threads)
         for name in ("batch", "in_tokens", "out_tokens", "threads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give a whole number of at least 1")
+            number = getattr(self, name)
+            if not isinstance(number, int) or number < 1:
+                raise InputError(f"{name} is {number!r}; give a whole number of at least 1")
         if self.threads > cores:  # type: ignore[operator]
-            raise InputError(
-                f"threads is {self.threads}, but there are {cores} cores; more threads than cores measure their quarrel"
-            )
+            raise InputError(f"threads is {self.threads}, and there are {cores} cores; give no more threads than cores")
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):
-            raise InputError(
-                f"temperature {self.temperature} and top-p {self.top_p} are no sampling; give 0 or more, and 0 to 1"
-            )
+            sampling = f"temperature {self.temperature} and top-p {self.top_p} are no sampling"
+            raise InputError(f"{sampling}; give 0 or more, and 0 to 1")
 
     @property
     def cores(self) -> list[int]:
@@ -86,20 +79,21 @@ def _usable_cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """The times of one generation, in seconds from its start.
+class Generation(NamedTuple):
+    """The times of one generation, in seconds from its start, and the most memory that its process has held so far.
 
     ``e2e_s`` ends when the call returned and the device is idle, by the host's monotonic clock. ``token_times_s``,
     shape (out_tokens,), ends when each token was chosen: by the same clock on a CPU, by CUDA events on a GPU.
+    ``peak_memory_bytes`` is None with vLLM, which reserves what it is allowed to, whatever it needs.
     """
 
     e2e_s: float
     token_times_s: np.ndarray
+    peak_memory_bytes: int | None
 
 
 class Worker:
-    """The process of one configuration; a context manager that ends it.
+    """The process of one configuration, until it is closed.
 
     ``facts`` says what runs: hardware, versions, number of parameters. Raises ``InputError`` where the configuration
     cannot run here, and where the process dies.
@@ -112,47 +106,38 @@ class Worker:
             python = os.environ.get("MORPH_VLLM_PYTHON", "")
             if not Path(python).is_file():
                 raise InputError("the engine vllm needs an environment of its own; set MORPH_VLLM_PYTHON to its python")
-        threads = str(configuration.threads)
         environment = os.environ | {
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(configuration.threads),
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - as long as the process
-        self.process = subprocess.Popen(
-            [python, "-m", "morphlib.latency.engines"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=environment,
-            text=True,
-        )
+        self._pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [python, "-c", f"from morphlib.latency import engines; engines._serve({theirs.fileno()})"],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=environment,
+            )
         try:
-            self.facts: dict[str, Any] = self._ask(asdict(configuration))
+            self.facts: dict[str, Any] = self._ask(configuration)
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
     def generate(self, in_tokens: int | None = None, out_tokens: int | None = None) -> Generation:
         """One generation, of the configuration's lengths where none are given."""
         c = self.configuration
-        answer = self._ask({"in_tokens": in_tokens or c.in_tokens, "out_tokens": out_tokens or c.out_tokens})
-        self.facts["peak_memory_bytes"] = answer["peak_memory_bytes"]
-        return Generation(answer["e2e_s"], np.array(answer["token_times_s"]))
+        generation: Generation = self._ask((in_tokens or c.in_tokens, out_tokens or c.out_tokens))
+        self.facts["peak_memory_bytes"] = generation.peak_memory_bytes
+        return generation
 
     def close(self) -> None:
         """End the process and whatever it started."""
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._pipe.close()  # it ends when there are no more requests
         try:
             self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -160,21 +145,16 @@ class Worker:
             self.process.wait()
         self._log.close()
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def _ask(self, request: Any) -> Any:
         try:
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        where = f"{self.configuration.model} with {self.configuration.engine}"
-        if not line:
-            raise InputError(f"{where}: the engine's process ended {self._ending()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
+            self._pipe.send(request)
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            answer = f"the engine's process ended {self._ending()}"
+        if isinstance(answer, str):
             # vLLM's processes write the cause to their log alone
-            cause = re.search(r"\w+Error: .+", self._said()) if "root cause above" in answer["error"] else None
-            raise InputError(f"{where}: {cause[0] if cause else answer['error']}")
+            cause = re.search(r"\w+Error: .+", self._said()) if "root cause above" in answer else None
+            raise InputError(f"{self.configuration.model} with {self.configuration.engine}: {cause[0] if cause else answer}")
         return answer
 
     def _said(self) -> str:
@@ -202,106 +182,85 @@ class _HuggingFace:
 
         c = self.configuration = configuration
         torch.set_num_threads(c.threads or 1)
-        has_cuda = torch.cuda.is_available()
-        if not has_cuda and (c.device == "cuda" or c.engine == "cuda-graph"):
-            raise InputError("torch finds no CUDA device here; leave out --device, and use hf-eager or hf-compiled")
-        self.device = torch.device("cuda" if has_cuda and c.device != "cpu" else "cpu")
-        if c.engine == "cuda-graph" and self.device.type == "cpu":
-            raise InputError("a CUDA graph cannot run on the CPU; use hf-compiled")
-        model = models.resolve(c.model)
-        _check_room(model, c, _memory_bytes(self.device)[0])
+        on_gpu = torch.cuda.is_available() and c.device != "cpu"
+        if not on_gpu and (c.device == "cuda" or c.engine == "cuda-graph"):
+            raise InputError("there is no CUDA device that torch may use; leave out --device, and use hf-eager or hf-compiled")
+        self.device = "cuda" if on_gpu else "cpu"
+        model, self.facts = _admitted(c, self.device, transformers)
         self.model = model.load(c.dtype, self.device, seed=c.seed)
         # a real checkpoint names tokens that end a text: here the length is given
         self.model.generation_config = transformers.GenerationConfig()
-        self.facts = model.facts() | {
-            "ran_on": self.device.type,
-            "hardware": torch.cuda.get_device_name() if self.device.type == "cuda" else models.cpu_name(),
-            "torch": torch.__version__,
-            "library": f"transformers {transformers.__version__}",
-        }
 
-    def generate(self, in_tokens: int, out_tokens: int) -> tuple[float, list[float]]:
+    def generate(self, in_tokens: int, out_tokens: int) -> Generation:
         import torch
         from transformers import CompileConfig, GenerationConfig, StoppingCriteriaList
 
-        c, on_gpu = self.configuration, self.device.type == "cuda"
-        compiling: dict[str, Any] = {}
+        c, on_gpu = self.configuration, self.device == "cuda"
+        settings: dict[str, Any] = {"max_new_tokens": out_tokens, "do_sample": bool(c.temperature), "pad_token_id": 0}
+        if c.temperature:
+            settings |= {"temperature": c.temperature, "top_p": c.top_p, "top_k": 0}
         if c.engine != "hf-eager":
             compiled = CompileConfig(mode="reduce-overhead" if c.engine == "cuda-graph" else "default")
             compiled._compile_all_devices = True  # type: ignore[assignment]
-            compiling = {"cache_implementation": "static", "compile_config": compiled}
-        sampling = {"temperature": c.temperature, "top_p": c.top_p, "top_k": 0} if c.temperature else {}
-        generation = GenerationConfig(
-            max_new_tokens=out_tokens, do_sample=bool(c.temperature), pad_token_id=0, **sampling, **compiling
-        )
+            settings |= {"cache_implementation": "static", "compile_config": compiled}
         torch.manual_seed(c.seed)
         # token ids of exact length: text would have to be cut into tokens, and not always into as many
         ids = torch.randint(0, self.model.config.vocab_size, (c.batch, in_tokens)).to(self.device)
-        stamps = _Stamps(torch.zeros(c.batch, dtype=torch.bool, device=self.device))
+        nothing_ends = torch.zeros(c.batch, dtype=torch.bool, device=self.device)
+        stamps: list[Any] = []
+
+        def now() -> Any:
+            if on_gpu:
+                return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+            return time.perf_counter()
+
+        def stamp(*_: Any, **__: Any) -> Any:
+            """Told of every token that is chosen, and ends nothing: a stopping criterion in name only."""
+            stamps.append(now())
+            return nothing_ends
+
         synchronize = torch.cuda.synchronize if on_gpu and c.synchronize else lambda: None
         with torch.inference_mode():
             synchronize()
-            start = stamps.now()
+            start = now()
             start_s = time.perf_counter()
             out: Any = self.model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=generation,
-                stopping_criteria=StoppingCriteriaList([stamps]),
+                generation_config=GenerationConfig(**settings),
+                stopping_criteria=StoppingCriteriaList([stamp]),
             )
             synchronize()
             e2e_s = time.perf_counter() - start_s
         if out.shape[1] != in_tokens + out_tokens:
             raise InputError(f"the model wrote {out.shape[1] - in_tokens} tokens in place of {out_tokens}")
-        self.facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident_bytes()
         if on_gpu:
             torch.cuda.synchronize()
-            return e2e_s, [start.elapsed_time(event) / 1e3 for event in stamps.times[:out_tokens]]
-        return e2e_s, [at - start for at in stamps.times]
+            token_times_s = np.array([start.elapsed_time(event) for event in stamps[:out_tokens]]) / 1e3
+            return Generation(e2e_s, token_times_s, torch.cuda.max_memory_allocated())
+        import resource
 
-
-class _Stamps:
-    """Told by ``generate`` of every token that it chose, and ends nothing: a stopping criterion in name only."""
-
-    def __init__(self, nothing_ends: Any) -> None:
-        self.nothing_ends = nothing_ends
-        self.times: list[Any] = []
-
-    def now(self) -> Any:
-        if self.nothing_ends.device.type == "cpu":
-            return time.perf_counter()
-        import torch
-
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        self.times.append(self.now())
-        return self.nothing_ends
+        peak_resident_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return Generation(e2e_s, np.array(stamps) - start, peak_resident_bytes)
 
 
 class _Vllm:
     """vLLM's engine, stepped by us so that each token has its time; random weights, no tokenizer, no prefix cache."""
 
     def __init__(self, configuration: Configuration) -> None:
+        import psutil
         import torch
         import transformers
         import vllm
 
         c = self.configuration = configuration
-        model = models.resolve(c.model)
-        on_gpu = torch.cuda.is_available()
-        device = torch.device("cuda" if on_gpu else "cpu")
-        free, total = _memory_bytes(device)
-        _check_room(model, c, free)
-        folder = model.path
-        if folder is None:
-            self._folder = tempfile.TemporaryDirectory()
-            folder = Path(self._folder.name)
-            model.config.save_pretrained(folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, self.facts = _admitted(c, device, vllm, transformers)
+        self._folder = tempfile.TemporaryDirectory()  # as long as the engine
+        model.config.save_pretrained(self._folder.name)
+        memory = psutil.virtual_memory()
         self.llm = vllm.LLM(
-            model=str(folder),
+            model=str(model.path or self._folder.name),
             load_format="safetensors" if model.path else "dummy",
             skip_tokenizer_init=True,
             dtype=models.DTYPES[c.dtype],
@@ -309,30 +268,18 @@ class _Vllm:
             max_num_seqs=c.batch,
             enable_prefix_caching=False,
             # of all memory: on a GPU vLLM's own default, on a CPU half of what is free
-            **({} if on_gpu else {"gpu_memory_utilization": round(0.5 * free / total, 2)}),
+            **({} if device == "cuda" else {"gpu_memory_utilization": round(0.5 * memory.available / memory.total, 2)}),
             seed=c.seed,
         )
-        self.vocabulary = model.config.vocab_size
-        self.facts = model.facts() | {
-            "ran_on": device.type,
-            "hardware": torch.cuda.get_device_name() if on_gpu else models.cpu_name(),
-            "torch": torch.__version__,
-            "library": f"vllm {vllm.__version__}, transformers {transformers.__version__}",
-        }
 
-    def generate(self, in_tokens: int, out_tokens: int) -> tuple[float, list[float]]:
+    def generate(self, in_tokens: int, out_tokens: int) -> Generation:
         from vllm import SamplingParams
 
         c, engine = self.configuration, self.llm.llm_engine
         asked = SamplingParams(
-            temperature=c.temperature,
-            top_p=c.top_p,
-            min_tokens=out_tokens,
-            max_tokens=out_tokens,
-            ignore_eos=True,
-            detokenize=False,
+            temperature=c.temperature, top_p=c.top_p, max_tokens=out_tokens, ignore_eos=True, detokenize=False
         )
-        prompts = np.random.default_rng(c.seed).integers(0, self.vocabulary, (c.batch, in_tokens)).tolist()
+        prompts = np.random.default_rng(c.seed).integers(0, self.facts["vocab"], (c.batch, in_tokens)).tolist()
         written = dict.fromkeys(map(str, range(c.batch)), 0)
         token_times: list[float] = []
         start_s = time.perf_counter()
@@ -344,63 +291,45 @@ class _Vllm:
             now_s = time.perf_counter() - start_s
             # a token has come when the slowest sequence has it
             token_times += [now_s] * (min(written.values()) - len(token_times))
-        self.facts["peak_memory_bytes"] = None  # vLLM reserves what it is allowed to, whatever it needs
-        return time.perf_counter() - start_s, token_times
+        return Generation(time.perf_counter() - start_s, np.array(token_times), None)
 
 
-def _check_room(model: models.Model, c: Configuration, free_bytes: int) -> None:
-    """Refuse before allocating what the model cannot hold or the memory cannot."""
-    if c.in_tokens + c.out_tokens > model.max_tokens:
-        raise InputError(f"{c.in_tokens} tokens in and {c.out_tokens} out pass the model's {model.max_tokens}; give fewer")
-    needed = model.memory_bytes(c.dtype, c.batch, c.in_tokens + c.out_tokens)
-    if needed > SPARE_MEMORY * free_bytes:
-        raise InputError(
-            f"needs about {needed / 1e9:.1f} GB of memory, and {free_bytes / 1e9:.1f} GB are free; "
-            "choose a smaller model or batch, or fewer bits"
-        )
-
-
-def _memory_bytes(device: Any) -> tuple[int, int]:
-    """What is free of the device's memory, and all of it."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info()
+def _admitted(c: Configuration, device: str, *libraries: Any) -> tuple[models.Model, dict[str, Any]]:
+    """The model, and the facts of what runs it; refused before allocating what the model cannot hold or the memory cannot."""
     import psutil
+    import torch
 
-    memory = psutil.virtual_memory()
-    return memory.available, memory.total
-
-
-def _peak_resident_bytes() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _serve(requests: IO[str], replies: IO[str]) -> None:
-    """Answer one line with one line until there are no more, on as many cores as there are threads."""
-
-    def reply(answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), file=replies, flush=True)
-
-    try:
-        configuration = Configuration(**json.loads(requests.readline()))
-        if hasattr(os, "sched_setaffinity"):  # pinned: a thread that moves to another core leaves its cache behind
-            os.sched_setaffinity(0, configuration.cores)
-        session = (_Vllm if configuration.engine == "vllm" else _HuggingFace)(configuration)
-        reply(session.facts)
-        for line in requests:
-            e2e_s, token_times_s = session.generate(**json.loads(line))
-            reply({"e2e_s": e2e_s, "token_times_s": token_times_s, "peak_memory_bytes": session.facts["peak_memory_bytes"]})
-    except InputError as error:
-        reply({"error": str(error)})
-    except Exception as error:  # whatever an engine raises is told in one line, and the other configurations go on
-        reply({"error": f"the engine failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+    model, context, on_gpu = models.resolve(c.model), c.in_tokens + c.out_tokens, device == "cuda"
+    if context > model.max_tokens:
+        raise InputError(f"{c.in_tokens} tokens in and {c.out_tokens} out pass the model's {model.max_tokens}; give fewer")
+    needed = model.memory_bytes(c.dtype, c.batch, context)
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    if needed > SPARE_MEMORY * free:
+        room = f"needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        raise InputError(f"{room}; choose a smaller model or batch, or fewer bits")
+    return model, model.facts(c.dtype) | {
+        "ran_on": device,
+        "hardware": torch.cuda.get_device_name() if on_gpu else models.cpu_name(),
+        "torch": str(torch.__version__),
+        "library": ", ".join(f"{library.__name__} {library.__version__}" for library in libraries),
+    }
 
 
-if __name__ == "__main__":
-    # what libraries print must not mix with the replies
-    own_replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    _serve(sys.stdin, own_replies)
+def _serve(fileno: int) -> None:
+    """Answer requests until there are no more, on as many cores as there are threads; a line of text where it cannot."""
+    os.set_inheritable(fileno, False)  # what an engine starts must not keep the pipe open when this process has ended
+    with Connection(fileno) as pipe:
+        try:
+            configuration: Configuration = pipe.recv()
+            if hasattr(os, "sched_setaffinity"):  # pinned: a thread that moves to another core leaves its cache behind
+                os.sched_setaffinity(0, configuration.cores)
+            session = (_Vllm if configuration.engine == "vllm" else _HuggingFace)(configuration)
+            pipe.send(session.facts)
+            while True:
+                pipe.send(session.generate(*pipe.recv()))
+        except EOFError:
+            return
+        except InputError as error:
+            pipe.send(str(error))
+        except Exception as error:  # whatever an engine raises is told in one line, and the other configurations go on
+            pipe.send(f"the engine failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}")

@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from morphlib.errors import InputError
+from morphlib.latency import DATA
 from morphlib.shapes import Shape
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-INITIAL_STD = 0.02
 LLAMA_2_POSITIONS = 4096  # max_position_embeddings of Llama-2-7b, kept by the authors' sweeps
 _CONFIG_FIELDS = {
     "d_model": "hidden_size",
@@ -44,7 +43,6 @@ _CONFIG_FIELDS = {
 }
 _TWO_MATRICES = {"opt", "gpt_neox", "gpt_neo"}  # in the feed-forward layer, where a Llama has three
 _UNSAFE_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"}
-_OF_WRONG_INPUT = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError)
 _HIDDEN_VIEWS = ("aten::_unsafe_view", "aten::detach_")  # the schema of these does not say that they only name memory anew
 
 
@@ -52,17 +50,22 @@ _HIDDEN_VIEWS = ("aten::_unsafe_view", "aten::detach_")  # the schema of these d
 class Model:
     """A model that can be loaded: its ``name``, its transformers ``config``, and where its weights come from.
 
-    ``path`` is the folder of a real checkpoint; without one the weights are random. ``shape`` is there where a
-    shape was asked for. ``built_as`` is the architecture of transformers that is built, and says so where that
-    stands in for another. In the methods ``dtype`` is a key of DTYPES, and each raises ``InputError`` for a
-    configuration that transformers cannot build as a causal language model.
+    ``path`` is the folder of a real checkpoint; without one the weights are random. ``built_as`` is the architecture
+    of transformers that is built, and says so where that stands in for another. In the methods ``dtype`` is a key of
+    DTYPES, and each raises ``InputError`` for a configuration that transformers cannot build as a causal language model.
     """
 
     name: str
     config: PretrainedConfig
     path: Path | None = None
-    shape: Shape | None = None
     built_as: str = "llama"
+
+    @property
+    def shape(self) -> Shape | None:
+        """The shape where ``Shape`` describes the model: a Llama whose heads make up its width."""
+        sizes = dimensions(self.config)
+        heads_width = sizes["n_heads"] * sizes.pop("head_size")
+        return Shape(**sizes) if self.built_as == "llama" and heads_width == sizes["d_model"] else None
 
     @property
     def max_tokens(self) -> int:
@@ -71,12 +74,23 @@ class Model:
 
     def n_params(self) -> int:
         """Parameters of the model as built; a tied table counts once."""
-        return sum(weight.numel() for weight in self._without_storage("fp32").parameters())
+        return self._built("fp32").num_parameters()
 
-    def facts(self) -> dict[str, Any]:
-        """What a measurement records of the model: name, sizes (see `dimensions`), parameters, kind of weights."""
-        weights = {"built_as": self.built_as, "weights": "random" if self.path is None else "checkpoint"}
-        return {"model": self.name, **dimensions(self.config), "n_params": self.n_params(), **weights}
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes that the cache of keys and values grows by with each token: those of ``Shape``, for any head size."""
+        sizes = dimensions(self.config)
+        return 2 * sizes["n_layers"] * sizes["n_kv_heads"] * sizes["head_size"] * (4 if dtype == "fp32" else 2)
+
+    def facts(self, dtype: str) -> dict[str, Any]:
+        """What a measurement records of the model: name, shape, sizes (see `dimensions`), parameters, kind of weights."""
+        return dimensions(self.config) | {
+            "model": self.name,
+            "shape": str(self.shape) if self.shape else None,
+            "n_params": self.n_params(),
+            "kv_bytes_per_token": self.kv_bytes_per_token(dtype),
+            "built_as": self.built_as,
+            "weights": "random" if self.path is None else "checkpoint",
+        }
 
     def memory_bytes(self, dtype: str, batch: int, context: int) -> int:
         """Bytes that generating ``batch`` sequences of ``context`` tokens (prompt and answer) needs, foretold.
@@ -87,32 +101,28 @@ class Model:
         attention is not fused, and five fp32 rows of logits, which sampling sorts. Nothing is allocated. What
         the libraries take for themselves is not in it.
         """
-        model, sizes = self._without_storage(dtype), dimensions(self.config)
-        held = sum(t.numel() * t.element_size() for tensors in (model.parameters(), model.buffers()) for t in tensors)
-        key_value_row = 2 * sizes["n_kv_heads"] * sizes["head_size"]
-        widest_row = 3 * sizes["d_ff"] + sizes["n_heads"] * sizes["head_size"] + key_value_row + 4 * sizes["d_model"]
-        rows = context * (sizes["n_layers"] * key_value_row + widest_row) * model.dtype.itemsize
+        model, sizes = self._built(dtype), dimensions(self.config)
+        cached = self.kv_bytes_per_token(dtype)
+        widest = 3 * sizes["d_ff"] + sizes["n_heads"] * sizes["head_size"] + 4 * sizes["d_model"]
+        rows = context * (cached + cached // sizes["n_layers"] + widest * model.dtype.itemsize)
         scores = 2 * 4 * sizes["n_heads"] * context**2 if model.config._attn_implementation == "eager" else 0
-        return held + batch * (rows + scores + 5 * 4 * sizes["vocab"])
+        return model.get_memory_footprint() + batch * (rows + scores + 5 * 4 * sizes["vocab"])
 
     def load(self, dtype: str, device: torch.device | str, *, seed: int = 0) -> PreTrainedModel:
         """The model in ``dtype`` on the device, in evaluation mode, its logits checked to be finite.
 
-        Random weights are drawn on the device as transformers initializes them, with standard deviation 0.02:
-        matrices normal, biases 0, norms neutral; the same for the same seed and kind of device. Raises
-        ``InputError`` where the logits are not finite and where a checkpoint is not whole.
+        Random weights are drawn on the device as transformers initializes them: matrices normal, biases 0, norms
+        neutral; the same for the same seed and kind of device. Raises ``InputError`` where the logits are not finite
+        and where a checkpoint is not whole.
         """
         import torch
         from transformers import AutoModelForCausalLM
 
         model: Any
         if self.path is None:
-            model = self._without_storage(dtype)
-            model.to_empty(device=device)
-            model.tie_weights()  # before they are drawn: leaving the meta device has untied them
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                model.init_weights()  # fills the buffers too (rotary frequencies, masks): they are empty memory until then
+                model = self._built(dtype, device)
         else:
             with _refusing(f"{self.path}: transformers cannot read the checkpoint", "give a whole one"):
                 read: Any = AutoModelForCausalLM.from_pretrained(
@@ -134,34 +144,23 @@ class Model:
             raise InputError(f"{self.name}: the logits are not finite in {dtype}; choose another dtype")
         return model
 
-    def _without_storage(self, dtype: str) -> PreTrainedModel:
-        import torch
-
-        with torch.device("meta"):
-            return self._instance(dtype)
-
-    def _instance(self, dtype: str) -> PreTrainedModel:
+    def _built(self, dtype: str, device: torch.device | str = "meta") -> PreTrainedModel:
+        """The model with weights as transformers draws them; on the device ``meta`` none are, and it takes no memory."""
         import torch
         from transformers import AutoModelForCausalLM
 
-        config = copy.deepcopy(self.config)  # transformers notes the dtype in it
-        for part in (config, config.get_text_config()):
-            for field in ("initializer_range", "init_std"):
-                if hasattr(part, field):
-                    setattr(part, field, INITIAL_STD)
-        with _refusing(f"{self.name}: cannot be built as a causal language model", "mend its configuration"):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES[dtype]))
+        wrong = f"{self.name}: cannot be built as a causal language model"
+        with torch.device(device), _refusing(wrong, "mend its configuration"):
+            # a copy, for transformers notes the dtype in it
+            return AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=getattr(torch, DTYPES[dtype]))
 
 
 @contextmanager
 def _refusing(what: str, advice: str) -> Iterator[None]:
-    """Turns what transformers raises for a wrong file or configuration into one line."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
+    """Turns whatever transformers, and what it reads files with, raises for a wrong file or configuration into one line."""
     try:
         yield
-    except (*_OF_WRONG_INPUT, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:
         raise InputError(f"{what} ({textwrap.shorten(str(error), 300)}); {advice}") from None
 
 
@@ -183,8 +182,7 @@ def open_models() -> pd.DataFrame:
     """The bundled configurations, indexed by name; ``data/README.md`` explains the columns."""
     import pandas as pd
 
-    with resources.files("morphlib").joinpath("data/open_models.csv").open(encoding="utf-8") as file:
-        return pd.read_csv(file, index_col="name", keep_default_na=False)
+    return pd.read_csv(DATA / "open_models.csv", index_col="name", keep_default_na=False)
 
 
 def resolve(text: str) -> Model:
@@ -200,8 +198,7 @@ def resolve(text: str) -> Model:
     if row is None and _is_on_disk(path):
         return _from_disk(path)
     if row is None:
-        shape = _parsed(text)
-        return Model(name=path.name if path.suffix == ".json" else text, config=config_of(shape), shape=shape)
+        return Model(name=path.name if path.suffix == ".json" else text, config=config_of(_parsed(text)))
     sizes = {theirs: row[ours] for ours, theirs in _CONFIG_FIELDS.items()}
     sizes |= {"head_dim": row["head_size"], "max_position_embeddings": row["max_tokens"]}
     config = AutoConfig.for_model(row["model_type"], **sizes, **json.loads(row["other_fields"] or "{}"))
@@ -232,10 +229,10 @@ def shape_of(text: str) -> tuple[Shape, str]:
     return Shape(**sizes), "llama" if row["architecture"] == "minicpm" else row["architecture"]
 
 
-def _bundled(text: str) -> dict[str, Any] | None:
+def _bundled(text: str) -> dict[Any, Any] | None:
     for row in open_models().reset_index().to_dict("records"):
         if text.lower() in (row["name"].lower(), row["name"].lower().rpartition("/")[2]):
-            return {str(field): value for field, value in row.items()}
+            return row
     return None
 
 
@@ -243,10 +240,11 @@ def _parsed(text: str) -> Shape:
     try:
         return Shape.parse(text)
     except ValueError as error:
-        if re.match(r"\d+x\d|.*\.json$", text):
-            raise InputError(str(error)) from None
         names = ", ".join(name.rpartition("/")[2] for name in open_models().index)
-        raise InputError(f"{error}; or give a checkpoint's folder, a config.json or an open model: {names}") from None
+        is_meant = re.match(r"\d+x\d|.*\.json$", text)  # and not a model's name
+        raise InputError(
+            str(error) if is_meant else f"{error}; or give a checkpoint's folder, a config.json or an open model: {names}"
+        ) from None
 
 
 def _is_on_disk(path: Path) -> bool:
@@ -280,24 +278,20 @@ def dimensions(config: PretrainedConfig) -> dict[str, Any]:
     for a configuration that has no width, depth or heads.
     """
     text = config.get_text_config()
-    missing = [field for field in list(_CONFIG_FIELDS.values())[:3] if not isinstance(getattr(text, field, None), int)]
+    sizes: dict[str, Any] = {ours: getattr(text, theirs, None) for ours, theirs in _CONFIG_FIELDS.items()}
+    missing = [_CONFIG_FIELDS[field] for field in ("d_model", "n_layers", "n_heads") if not isinstance(sizes[field], int)]
     if missing:
         raise InputError(f"a {config.model_type} has no {', '.join(missing)}; give a decoder-only transformer")
-    return {
-        "d_model": text.hidden_size,
-        "n_layers": text.num_hidden_layers,
-        "n_heads": text.num_attention_heads,
-        "n_kv_heads": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        "head_size": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+    return sizes | {
+        "n_kv_heads": sizes["n_kv_heads"] or sizes["n_heads"],
+        "head_size": getattr(text, "head_dim", None) or sizes["d_model"] // sizes["n_heads"],
         # OPT calls it ffn_dim; GPT-2 and GPT-Neo leave it out where it is four times the width
-        "d_ff": getattr(text, "ffn_dim", None) or getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        "vocab": text.vocab_size,
-        "tied": bool(text.tie_word_embeddings),
+        "d_ff": getattr(text, "ffn_dim", None) or sizes["d_ff"] or 4 * sizes["d_model"],
+        "tied": bool(sizes["tied"]),
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Operations:
+class Operations(NamedTuple):
     """Operations of one decode step that do work, and apart from them the views, which only name memory anew.
 
     ``per_layer`` and ``views_per_layer`` are means over the layers; the other two are what is left over.
@@ -331,7 +325,7 @@ def count_operations(model: Model) -> Operations:
 
     n_layers = dimensions(model.config)["n_layers"]
     with FakeTensorMode(), torch.no_grad():
-        built: Any = model._instance("bf16").eval()
+        built: Any = model._built("bf16", "cpu").eval()
         lists = (m for m in built.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers)
         for layer in next(lists):
             layer.register_forward_pre_hook(lambda *_: now.update(in_layer=True))
@@ -340,12 +334,11 @@ def count_operations(model: Model) -> Operations:
         cache = built(prompt, use_cache=True).past_key_values
         with Counting():
             built(token, past_key_values=cache, use_cache=True)
-    return Operations(
-        per_layer=counts[True, False] / n_layers,
-        outside=counts[False, False],
-        views_per_layer=counts[True, True] / n_layers,
-        views_outside=counts[False, True],
-    )
+
+    def of(views: bool) -> tuple[float, int]:
+        return counts[True, views] / n_layers, counts[False, views]
+
+    return Operations(*of(views=False), *of(views=True))
 
 
 def cpu_name() -> str:

@@ -21,27 +21,25 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from morphlib import __version__
 from morphlib.errors import InputError
+from morphlib.latency import DATA
 from morphlib.latency.engines import Configuration, Worker
 from morphlib.latency.hardware import Estimate
-from morphlib.shapes import Shape
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Array = np.ndarray
 
-PERCENTILES = (5, 50, 95)
+TIMES = ("e2e_s", "ttft_s", "tpot_s", "itl_s")
+PERCENTILES = {"": 50, "_p5": 5, "_p95": 95}  # by the end of the column's name
 FIRST_TOKEN_RUNS = 5  # generations of one token, for the second measure of TTFT
 TTFT_TOLERANCE = 0.03  # beyond the noise of the two, within which the two measures of TTFT agree
 SHORT_SENTENCE_TOKENS = 8
@@ -135,64 +133,44 @@ class Measurement:
         """Whether the two measures of TTFT differ by less than their noise allows."""
         if not self.ttft_alone_s:
             return True
-        both = [self.samples("ttft_s"), np.array(self.ttft_alone_s)]
-        allowed = TTFT_TOLERANCE + 3 * sum(relative_noise(values) for values in both)
-        medians = [np.median(values) for values in both]
-        return bool(abs(medians[0] / medians[1] - 1) <= allowed)
+        within, alone = self.samples("ttft_s"), np.array(self.ttft_alone_s)
+        allowed = TTFT_TOLERANCE + 3 * (relative_noise(within) + relative_noise(alone))
+        return bool(abs(np.median(within) / np.median(alone) - 1) <= allowed)
 
     def row(self) -> dict[str, Any]:
         """The measurement as one row of a table; percentiles are of all samples."""
         c = self.configuration
-        row: dict[str, Any] = dict.fromkeys(COLUMNS)
-        row |= asdict(c) | {name: value for name, value in self.facts.items() if name in COLUMNS}
-        row |= {"n_runs": len(self.e2e_s), "converged": int(self.converged), "noise": relative_noise(np.array(self.e2e_s))}
-        for name in ("e2e_s", "ttft_s", "tpot_s", "itl_s"):
+        row: dict[str, Any] = dict.fromkeys(COLUMNS) | asdict(c)
+        row |= {name: value for name, value in self.facts.items() if name in COLUMNS}
+        for name in TIMES:
             samples = self.samples(name)
-            for percentile in PERCENTILES:
-                column = name if percentile == 50 else f"{name}_p{percentile}"
-                row[column] = float(np.percentile(samples, percentile)) if samples.size else np.nan
-        row["kv_bytes_per_token"] = 2 * row["n_layers"] * row["n_kv_heads"] * row["head_size"] * (4 if c.dtype == "fp32" else 2)
-        with contextlib.suppress(ValueError):  # a model that Shape does not describe has no shape, only sizes
-            if row["built_as"] == "llama" and row["n_heads"] * row["head_size"] == row["d_model"]:
-                row["shape"] = str(
-                    Shape(
-                        **{
-                            name: row[name]
-                            for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab", "tied")
-                        }
-                    )
-                )
-        row["ttft_alone_s"] = float(np.median(self.ttft_alone_s)) if self.ttft_alone_s else np.nan
-        row["ttft_agrees"] = int(self.ttft_agrees)
-        row["tokens_per_s"] = c.batch * c.out_tokens / row["e2e_s"]
-        row["e2e_samples_s"] = " ".join(f"{value:.6g}" for value in self.e2e_s)
-        row |= {
+            for end, percentile in PERCENTILES.items():
+                row[name + end] = float(np.percentile(samples, percentile)) if samples.size else np.nan
+        return row | {
+            "n_runs": len(self.e2e_s),
+            "converged": int(self.converged),
+            "noise": relative_noise(np.array(self.e2e_s)),
+            "ttft_alone_s": float(np.median(self.ttft_alone_s)) if self.ttft_alone_s else np.nan,
+            "ttft_agrees": int(self.ttft_agrees),
+            "tokens_per_s": c.batch * c.out_tokens / row["e2e_s"],
+            "e2e_samples_s": " ".join(f"{value:.6g}" for value in self.e2e_s),
             "other_load": self.other_load,
             "load_elsewhere": self.load_elsewhere,
             "disturbed": int(self.other_load > DISTURBED or self.load_elsewhere > DISTURBED_ELSEWHERE),
+            "python": platform.python_version(),
+            "commit": _commit(),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            **_clock(row["ran_on"] == "cuda"),
         }
-        return row | _provenance(row["ran_on"] == "cuda")
 
 
 _KEY = [f.name for f in fields(Configuration)]
 COLUMNS = (
     *_KEY,
-    *(
-        "shape",
-        "built_as",
-        "weights",
-        "d_model",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "head_size",
-        "d_ff",
-        "vocab",
-        "tied",
-        "n_params",
-    ),
+    *("shape", "built_as", "weights"),
+    *("d_model", "n_layers", "n_heads", "n_kv_heads", "head_size", "d_ff", "vocab", "tied", "n_params"),
     *("kv_bytes_per_token", "peak_memory_bytes", "n_runs", "converged", "noise"),
-    *(f"{name}{end}" for name in ("e2e_s", "ttft_s", "tpot_s", "itl_s") for end in ("", "_p5", "_p95")),
+    *(name + end for name in TIMES for end in PERCENTILES),
     *("ttft_alone_s", "ttft_agrees", "tokens_per_s", "e2e_samples_s", "other_load", "load_elsewhere", "disturbed"),
     *("ran_on", "hardware", "clock_mhz", "throttled", "python", "torch", "library", "commit", "date"),
 )
@@ -212,39 +190,39 @@ def measure(
     A configuration that fails has ``error`` and no samples after it; the others go on.
     """
     measurements = [Measurement(c) for c in configurations]
-    workers: dict[int, Worker] = {}
+    ready: list[tuple[Measurement, Worker]] = []
     with contextlib.ExitStack() as stack:
-
-        def attempt(i: int, action: Callable[[], Any]) -> Any:
-            try:
-                return action()
-            except InputError as error:
-                measurements[i].error = str(error)
-                if i in workers:
-                    workers.pop(i).close()
-                return None
-
-        for i, c in enumerate(configurations):
-            progress(f"{c.model} with {c.engine}: building and warming up")
-            worker = attempt(i, lambda c=c: stack.enter_context(Worker(c)))  # type: ignore[misc]
-            if worker is not None:
-                workers[i] = worker
-                measurements[i].facts = worker.facts
-                attempt(i, lambda w=worker: w.generate(*(warm_up or (None, None))))  # type: ignore[misc]
-        load = _Load(workers.values())
-        running = dict(workers)
-        start_s = time.monotonic()
-        while running := {i: w for i, w in running.items() if i in workers and not _finished(measurements[i], stopping)}:
-            for i, worker in running.items():
-                attempt(i, lambda m=measurements[i], w=worker: _one_run(m, w))  # type: ignore[misc]
-            done = min((len(measurements[i].e2e_s) for i in running), default=0)
-            spent_s = time.monotonic() - start_s
-            limit_s = stopping.cap_s * len(running)
-            progress(f"{len(workers)} running, {done} runs each in {spent_s:.0f} s, at most about {limit_s:.0f} s")
         for m in measurements:
-            m.other_load, m.load_elsewhere = load.others()
-            m.converged = stopping.enough(m.e2e_s)
+            progress(f"{m.configuration.model} with {m.configuration.engine}: building and warming up")
+            with _failure_noted(m):
+                worker = stack.enter_context(contextlib.closing(Worker(m.configuration)))
+                m.facts = worker.facts
+                worker.generate(*(warm_up or ()))
+                ready.append((m, worker))
+        others = _watch([worker for _, worker in ready])
+        start_s = time.monotonic()
+        while running := [
+            (m, worker) for m, worker in ready if not (m.error or stopping.enough(m.e2e_s) or stopping.over(m.e2e_s))
+        ]:
+            for m, worker in running:
+                with _failure_noted(m):
+                    _one_run(m, worker)
+            done, spent_s = min(len(m.e2e_s) for m, _ in running), time.monotonic() - start_s
+            limit_s = stopping.cap_s * len(running)
+            progress(f"{len(running)} running, {done} runs each in {spent_s:.0f} s, at most about {limit_s:.0f} s")
+        of_ours, elsewhere = others()
+    for m in measurements:
+        m.other_load, m.load_elsewhere = of_ours, elsewhere
+        m.converged = stopping.enough(m.e2e_s)
     return measurements
+
+
+@contextlib.contextmanager
+def _failure_noted(m: Measurement) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        m.error = str(error)
 
 
 def _one_run(m: Measurement, worker: Worker) -> None:
@@ -256,87 +234,54 @@ def _one_run(m: Measurement, worker: Worker) -> None:
     m.token_times_s.append(generation.token_times_s)
 
 
-def _finished(m: Measurement, stopping: Stopping) -> bool:
-    return stopping.enough(m.e2e_s) or stopping.over(m.e2e_s)
+def _watch(workers: Iterable[Worker]) -> Callable[[], tuple[float, float]]:
+    """What to ask for the share of the machine that others used since now.
 
-
-class _Load:
-    """The share of the machine that others used since the start: of the cores that ours are pinned to, and of the rest."""
-
-    def __init__(self, workers: Iterable[Worker]) -> None:
-        import psutil
-
-        self.ours, self.cores = [], set()
-        for worker in workers:
-            self.cores |= set(worker.configuration.cores)
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(worker.process.pid)
-                self.ours += [process, *process.children(recursive=True)]
-        self.start = self._seconds()
-
-    def _seconds(self) -> Array:
-        """Seconds since the machine started: busy and total of our cores, of the other cores, and used by ours."""
-        import psutil
-
-        seconds = np.zeros((2, 2))
-        for core, times in enumerate(psutil.cpu_times(percpu=True)):
-            known = times._asdict()
-            # Linux counts the time of guests in that of their host as well
-            total = sum(value for name, value in known.items() if not name.startswith("guest"))
-            idle = known["idle"] + known.get("iowait", 0.0)
-            seconds[int(core not in self.cores)] += (total - idle, total)
-        used = 0.0
-        for process in self.ours:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                used += times.user + times.system
-        return np.append(seconds.ravel(), used)
-
-    def others(self) -> tuple[float, float]:
-        """Of our cores, of the others; NaN where there are none."""
-        busy, total, busy_elsewhere, total_elsewhere, used = self._seconds() - self.start
-        here = max(0.0, busy - used) / total if total > 0 else np.nan
-        return float(here), float(busy_elsewhere / total_elsewhere) if total_elsewhere > 0 else np.nan
-
-
-def _provenance(on_gpu: bool) -> dict[str, Any]:
-    clock, throttled = _clock(on_gpu)
-    return {
-        "clock_mhz": clock,
-        "throttled": throttled,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def _clock(on_gpu: bool) -> tuple[float | None, int | None]:
-    """The clock in MHz, and whether it was held down, where the machine tells."""
-    if on_gpu:
-        query = "--query-gpu=clocks.sm,clocks_event_reasons.active"
-        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-            line = subprocess.run(
-                ["nvidia-smi", query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True, timeout=10
-            ).stdout.splitlines()[0]
-            clock, reasons = line.split(", ")
-            idle_or_set = 0x1 | 0x2  # bit 0: idle, bit 1: clocks set by the user
-            return float(clock), int(bool(int(reasons, 16) & ~idle_or_set))
+    Of the cores that ours are pinned to, and of the rest; NaN where there are none.
+    """
     import psutil
 
-    with contextlib.suppress(OSError, NotImplementedError, AttributeError):
-        return float(psutil.cpu_freq().current), None
-    return None, None
+    pinned: set[int] = set()
+    ours: list[Any] = []
+    for worker in workers:
+        pinned |= set(worker.configuration.cores)
+        process = psutil.Process(worker.process.pid)
+        ours += [process, *process.children(recursive=True)]
+
+    def others() -> tuple[float, float]:
+        used = 0.0
+        for process in ours:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                used += process.cpu_percent() / 100
+        busy = np.array(psutil.cpu_percent(percpu=True)) / 100
+        here = np.isin(np.arange(len(busy)), list(pinned))
+        of_ours = max(0.0, busy[here].sum() - used) / here.sum() if here.any() else np.nan
+        return float(of_ours), float(busy[~here].mean()) if not here.all() else np.nan
+
+    others()  # psutil counts from one call to the next
+    return others
+
+
+def _clock(on_gpu: bool) -> dict[str, float]:
+    """The clock in MHz, and whether it was held down, as far as the machine tells."""
+    import psutil
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, NotImplementedError, AttributeError):
+        if not on_gpu:
+            return {"clock_mhz": float(psutil.cpu_freq().current)}
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks_event_reasons.active", "--format=csv,noheader,nounits"]
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+        clock, reasons = said.splitlines()[0].split(", ")
+        idle_or_set = 0x1 | 0x2  # bit 0: idle, bit 1: clocks set by the user
+        return {"clock_mhz": float(clock), "throttled": int(bool(int(reasons, 16) & ~idle_or_set))}
+    return {}
 
 
 def _commit() -> str:
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return f"morphlib {__version__}"
-    return found.stdout.strip()
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    return f"morphlib {__version__}"
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -351,15 +296,10 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.seek(0)
         text = file.read()
         whole = text[: text.rfind("\n") + 1]
-        header = ",".join(COLUMNS)
-        if whole and whole.splitlines()[0] != header:
+        if whole and whole.splitlines()[0] != ",".join(COLUMNS):
             raise InputError(f"{path}: is not a table of measurements of this version; record into another file")
-        if whole != text:
-            file.truncate(len(whole.encode()))
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not whole:
-            writer.writeheader()
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        file.truncate(len(whole.encode()))
+        pd.DataFrame([row], columns=COLUMNS).to_csv(file, index=False, header=not whole, float_format="%.6g")
         file.flush()
         os.fsync(file.fileno())
 
@@ -369,16 +309,12 @@ def load(source: Path | Literal["cpu"]) -> pd.DataFrame:
 
     Raises ``InputError`` for a file that is no such table.
     """
-    import pandas as pd
-
-    path = Path(str(resources.files("morphlib") / "data/latency_cpu.csv")) if source == "cpu" else Path(source)
+    path = DATA / "latency_cpu.csv" if source == "cpu" else Path(source)
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        table = pd.read_csv(path, keep_default_na=False, na_values=["", "nan"])  # older rows spell out nan
         table = table.sort_values(["disturbed", "load_elsewhere"], kind="stable").drop_duplicates(_KEY).sort_index()
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path}: is not a table of measurements ({' '.join(str(error).split())}); give one that was recorded"
-        ) from None
+        raise InputError(f"{path}: is not a table of measurements ({error}); give one that was recorded") from None
     return table.reset_index(drop=True)
 
 
@@ -395,10 +331,10 @@ def key(c: Configuration) -> tuple[str, ...]:
     return tuple(f"{v:.6g}" if isinstance(v, float) else "" if v is None else str(v) for v in asdict(c).values())
 
 
-def protocols() -> dict[str, dict[str, str]]:
+def protocols() -> dict[str, dict[Any, Any]]:
     """The protocols of the authors' scripts, by name: tokens in and out, batch sizes, sampling (``latency_protocols.csv``)."""
-    with resources.files("morphlib").joinpath("data/latency_protocols.csv").open(encoding="utf-8") as file:
-        return {row["protocol"]: row for row in csv.DictReader(file)}
+    table = pd.read_csv(DATA / "latency_protocols.csv", keep_default_na=False)
+    return {row["protocol"]: row for row in table.to_dict("records")}
 
 
 def protocol(name: str) -> tuple[dict[str, Any], Stopping, tuple[int, int]]:
@@ -411,13 +347,7 @@ def protocol(name: str) -> tuple[dict[str, Any], Stopping, tuple[int, int]]:
     if name not in known:
         raise InputError(f"{name!r} is not a protocol; choose one of {', '.join(known)}")
     row = known[name]
-    settings = {
-        "engine": "vllm" if row["framework"] == "vllm" else "hf-eager",
-        "batch": int(row["batch_sizes"].split()[0]),
-        "in_tokens": int(row["in_tokens"]),
-        "out_tokens": int(row["out_tokens"]),
-        "temperature": float(row["temperature"]),
-        "top_p": float(row["top_p"]),
-        "synchronize": False,
-    }
-    return settings, Stopping(min_runs=int(row["repeats"]), min_s=0.0, noise=np.inf), (SHORT_SENTENCE_TOKENS, 5)
+    settings = {setting: row[setting] for setting in ("in_tokens", "out_tokens", "temperature", "top_p")}
+    settings |= {"engine": "vllm" if row["framework"] == "vllm" else "hf-eager", "synchronize": False}
+    settings["batch"] = int(row["batch_sizes"].split()[0])
+    return settings, Stopping(min_runs=row["repeats"], min_s=0.0, noise=np.inf), (SHORT_SENTENCE_TOKENS, 5)

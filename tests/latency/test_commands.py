@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from morphlib import cli
-from morphlib.latency import hardware
+from morphlib.latency import hardware, timing
 
 TINY = "2x64/1h/1kv/128ff/256v"
 SMALL = ["--dtype", "fp32", "--device", "cpu", "--threads", "1", "--in-tokens", "8", "--out-tokens", "4", "--quick"]
@@ -86,9 +86,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, 
 def test_a_grid_with_wrong_columns_is_told(capsys, tmp_path):
     grid = tmp_path / "grid.csv"
     grid.write_text("model,batches\n12x384,1\n", encoding="utf-8")
-    assert "mend the header" in run(capsys, "measure", "--grid", str(grid))[2]
-    grid.write_text("model,batch\n12x384,many\n", encoding="utf-8")
-    assert "must hold whole numbers" in run(capsys, "measure", "--grid", str(grid))[2]
+    said = run(capsys, "measure", "--grid", str(grid))[2]
+    assert "grid.csv: cannot be read as settings" in said and "'batches'" in said and "give a CSV file of model, " in said
+    for cells, wrong in (("batch\n1", "'model'"), ("model,batch\n12x384,many", "batch is 'many'; give a whole number")):
+        grid.write_text(f"{cells}\n", encoding="utf-8")
+        said = run(capsys, "measure", "--grid", str(grid))[2]
+        assert wrong in said and said.count("\n") == 1
 
 
 def test_measure_goes_on_after_a_failure_and_says_so(capsys, tmp_path):
@@ -104,10 +107,12 @@ def test_measure_goes_on_after_a_failure_and_says_so(capsys, tmp_path):
     assert len(pd.read_csv(record)) == 1
 
 
-def test_a_single_token_has_no_time_per_token(capsys):
+def test_a_single_token_has_no_time_per_token(capsys, tmp_path):
     """As the protocols of the time to the first token ask for."""
-    code, out, _ = run(capsys, "measure", "--shape", TINY, *SMALL, "--out-tokens", "1")
+    record = tmp_path / "rows.csv"
+    code, out, _ = run(capsys, "measure", "--shape", TINY, *SMALL, "--out-tokens", "1", "--record", str(record))
     assert code == 0 and "–" in out
+    assert timing.load(record)["tpot_s"].isna().all()
 
 
 def test_a_killed_grid_is_taken_up_again(tmp_path):

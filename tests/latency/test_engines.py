@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ def configuration(**changes) -> Configuration:
         ({"engine": "tensorrt"}, "choose one of hf-eager"),
         ({"dtype": "int3"}, "choose one of bf16"),
         ({"batch": 0}, "batch is 0"),
+        ({"batch": "many"}, "batch is 'many'; give a whole number"),
         ({"threads": 4096}, "more threads than cores"),
         ({"temperature": -1.0}, "no sampling"),
     ],
@@ -43,7 +45,7 @@ def test_lengths_are_exact(in_tokens, out_tokens, batch):
     session.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    e2e_s, token_times_s = session.generate(in_tokens, out_tokens)
+    e2e_s, token_times_s, _ = session.generate(in_tokens, out_tokens)
     assert len(token_times_s) == out_tokens and e2e_s >= token_times_s[-1]
     # the prompt at once, then one token at a time with the cache
     assert seen == [(batch, in_tokens)] + [(batch, 1)] * (out_tokens - 1)
@@ -59,7 +61,7 @@ def test_delays_show_where_they_were_put():
 
     session.generate(8, 8)
     session.model.register_forward_pre_hook(delay)
-    _, token_times_s = session.generate(8, 8)
+    _, token_times_s, _ = session.generate(8, 8)
     gaps = np.diff([0.0, *token_times_s])
     late = np.isin(np.arange(8), (0, 5))
     # a sleep is never short; what it is longer than asked for, and the step itself, stay far below 0.1 s
@@ -77,7 +79,7 @@ def test_sampling_is_drawn_anew_from_the_same_seed():
 
 
 def test_a_worker_answers_and_ends():
-    with Worker(configuration()) as worker:
+    with closing(Worker(configuration())) as worker:
         generation = worker.generate()
         assert generation.token_times_s.shape == (6,)
         assert worker.generate(out_tokens=1).token_times_s.shape == (1,)
@@ -88,7 +90,7 @@ def test_a_worker_answers_and_ends():
 
 
 def test_a_worker_that_is_killed_is_told_in_one_line():
-    with Worker(configuration()) as worker:
+    with closing(Worker(configuration())) as worker:
         os.kill(worker.process.pid, signal.SIGKILL)
         with pytest.raises(InputError, match="killed, as for want of memory"):
             worker.generate()
@@ -128,7 +130,7 @@ def test_compiled_code_writes_the_same_tokens():
         session = engines._HuggingFace(configuration(engine=engine))
         generate = session.model.generate
         session.model.generate = lambda *a, g=generate, e=engine, **k: written.setdefault(e, g(*a, **k))
-        _, token_times_s = session.generate(8, 6)
+        _, token_times_s, _ = session.generate(8, 6)
         assert len(token_times_s) == 6
     assert torch.equal(written["hf-eager"], written["hf-compiled"])
 
@@ -138,6 +140,6 @@ def test_compiled_code_writes_the_same_tokens():
 def test_cuda_events_and_the_hosts_clock_agree(engine):
     session = engines._HuggingFace(configuration(engine=engine, dtype="bf16", device="cuda", out_tokens=64))
     session.generate(8, 64)
-    e2e_s, token_times_s = session.generate(8, 64)
+    e2e_s, token_times_s, _ = session.generate(8, 64)
     assert len(token_times_s) == 64
     assert token_times_s[-1] <= e2e_s * 1.02 and (np.diff(token_times_s) > 0).all()

@@ -17,9 +17,10 @@ def home(tmp_path, monkeypatch):
 
 
 def _stored(**changes):
-    numbers = {f"{what}_{bits}": 1e10 for what in ("bytes_per_s", "flops_per_s") for bits in (16, 32)} | {"launch_s": 1e-6}
+    numbers = {"memory_bandwidth_bytes_per_s": 1e10, "peak_flops_per_s": 1e10, "launch_s": 1e-6}
     estimates = {key: {"value": x, "low": x / 2, "high": x * 2, "origin": "test"} for key, x in numbers.items()}
-    return {"memory_bytes": 10**10, "clock_hz": None, "estimates": estimates} | changes
+    machine = {"name": "this", "memory_bytes": 10**10, "clock_hz": None, "verified": True, "measured": True}
+    return {f"{bits}_bits": machine | estimates | changes for bits in (16, 32)}
 
 
 def _write(home, text):
@@ -88,11 +89,14 @@ def test_without_calibration_this_machine_says_what_to_run(home):
         "",
         "[]",
         "null",
-        '{"estimates": {}}',
+        '{"16_bits": {}}',
+        '{"16_bits": 1}',
         b"\xff".decode("latin1"),
         json.dumps(_stored(memory_bytes=0)),
         json.dumps(_stored(clock_hz=-1)),
-        json.dumps(_stored(estimates={"launch_s": 1})),
+        json.dumps(_stored(memory_bytes="much")),
+        json.dumps(_stored(launch_s={"value": 1})),
+        json.dumps(_stored(peak_flops_per_s=1e10)),
         json.dumps(_stored()).replace("1e-06", "NaN"),
         json.dumps(_stored()).replace("5000000000.0", "0"),
     ],
@@ -105,7 +109,7 @@ def test_a_broken_calibration_says_what_to_run(home, text):
 
 def test_a_calibration_reads_back_by_its_bits(home):
     stored = _stored()
-    stored["estimates"]["bytes_per_s_32"] |= {"value": 1.5e10}
+    stored["32_bits"]["memory_bandwidth_bytes_per_s"] = {"value": 1.5e10, "low": 1e10, "high": 2e10, "origin": "test"}
     _write(home, json.dumps(stored))
     sixteen, thirty_two = hardware.get("this"), hardware.get("this", bits=32)
     assert sixteen.memory_bandwidth_bytes_per_s.value == 1e10 and thirty_two.memory_bandwidth_bytes_per_s.value == 1.5e10
