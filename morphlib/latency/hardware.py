@@ -90,18 +90,12 @@ def get(name: str, bits: int = 16) -> Hardware:
 def _gpu(name: str) -> Hardware:
     with (DATA / "hardware.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["name"] == name]
-    numbers = {
+    numbers: dict[str, Any] = {
         row["quantity"]: Estimate(float(row["value"]), float(row["low"]), float(row["high"]), f"{name}: {row['source']}")
         for row in rows
     }
-    return Hardware(
-        name=name,
-        memory_bandwidth_bytes_per_s=numbers["memory_bandwidth"],
-        peak_flops_per_s=numbers["peak_flops"],
-        memory_bytes=int(numbers["memory"].value),
-        clock_hz=numbers["clock"].value,
-        verified=all(row["verified"] == "1" for row in rows),
-    )
+    numbers |= {"memory_bytes": int(numbers["memory_bytes"].value), "clock_hz": numbers["clock_hz"].value}
+    return Hardware(name=name, verified=all(row["verified"] == "1" for row in rows), **numbers)
 
 
 def calibration_path() -> Path:

@@ -241,10 +241,9 @@ def _parsed(text: str) -> Shape:
         return Shape.parse(text)
     except ValueError as error:
         names = ", ".join(name.rpartition("/")[2] for name in open_models().index)
-        is_meant = re.match(r"\d+x\d|.*\.json$", text)  # and not a model's name
-        raise InputError(
-            str(error) if is_meant else f"{error}; or give a checkpoint's folder, a config.json or an open model: {names}"
-        ) from None
+        others = f"; or give a checkpoint's folder, a config.json or an open model: {names}"
+        is_shape_or_file = re.match(r"\d+x\d|.*\.json$", text)
+        raise InputError(f"{error}{'' if is_shape_or_file else others}") from None
 
 
 def _is_on_disk(path: Path) -> bool:

@@ -21,7 +21,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,14 +119,9 @@ class Measurement:
     def samples(self, name: str) -> Array:
         """All samples of ``e2e_s``, ``ttft_s``, ``tpot_s`` or ``itl_s``, shape (n,); of one token none of the last two."""
         e2e_s, token_times_s = np.array(self.e2e_s), np.array(self.token_times_s).reshape(len(self.e2e_s), -1)
-        if name == "e2e_s":
-            return e2e_s
-        if name == "ttft_s":
-            return token_times_s[:, 0]
-        if name == "itl_s":
-            return np.diff(token_times_s, axis=1).ravel()
-        n = self.configuration.out_tokens
-        return (e2e_s - token_times_s[:, 0]) / (n - 1) if n > 1 else np.empty(0)
+        ttft_s, further_tokens = token_times_s[:, 0], self.configuration.out_tokens - 1
+        tpot_s = (e2e_s - ttft_s) / further_tokens if further_tokens else np.empty(0)
+        return {"e2e_s": e2e_s, "ttft_s": ttft_s, "tpot_s": tpot_s, "itl_s": np.diff(token_times_s, axis=1).ravel()}[name]
 
     @property
     def ttft_agrees(self) -> bool:
@@ -194,19 +189,28 @@ def measure(
     with contextlib.ExitStack() as stack:
         for m in measurements:
             progress(f"{m.configuration.model} with {m.configuration.engine}: building and warming up")
-            with _failure_noted(m):
+            try:
                 worker = stack.enter_context(contextlib.closing(Worker(m.configuration)))
                 m.facts = worker.facts
                 worker.generate(*(warm_up or ()))
                 ready.append((m, worker))
+            except InputError as error:
+                m.error = str(error)
         others = _watch([worker for _, worker in ready])
         start_s = time.monotonic()
         while running := [
             (m, worker) for m, worker in ready if not (m.error or stopping.enough(m.e2e_s) or stopping.over(m.e2e_s))
         ]:
             for m, worker in running:
-                with _failure_noted(m):
-                    _one_run(m, worker)
+                try:
+                    generation = worker.generate()
+                    if m.configuration.out_tokens > 1 and len(m.ttft_alone_s) < FIRST_TOKEN_RUNS:
+                        # the generation of one token stands beside the whole one, so that both see the same machine
+                        m.ttft_alone_s.append(worker.generate(out_tokens=1).e2e_s)
+                    m.e2e_s.append(generation.e2e_s)
+                    m.token_times_s.append(generation.token_times_s)
+                except InputError as error:
+                    m.error = str(error)
             done, spent_s = min(len(m.e2e_s) for m, _ in running), time.monotonic() - start_s
             limit_s = stopping.cap_s * len(running)
             progress(f"{len(running)} running, {done} runs each in {spent_s:.0f} s, at most about {limit_s:.0f} s")
@@ -215,23 +219,6 @@ def measure(
         m.other_load, m.load_elsewhere = of_ours, elsewhere
         m.converged = stopping.enough(m.e2e_s)
     return measurements
-
-
-@contextlib.contextmanager
-def _failure_noted(m: Measurement) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        m.error = str(error)
-
-
-def _one_run(m: Measurement, worker: Worker) -> None:
-    generation = worker.generate()
-    if m.configuration.out_tokens > 1 and len(m.ttft_alone_s) < FIRST_TOKEN_RUNS:
-        # the generation of one token stands beside the whole one, so that both see the same machine
-        m.ttft_alone_s.append(worker.generate(out_tokens=1).e2e_s)
-    m.e2e_s.append(generation.e2e_s)
-    m.token_times_s.append(generation.token_times_s)
 
 
 def _watch(workers: Iterable[Worker]) -> Callable[[], tuple[float, float]]:
