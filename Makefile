@@ -19,7 +19,7 @@ test: $(VENV)/installed
 	ruff format --check .
 	mypy
 	python -m morphlib.pipeline snakemake --cores all --quiet rules --config preset=smoke
-	pytest
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 latency: $(VENV)/installed
 	rm -f _build/own_latency.csv
