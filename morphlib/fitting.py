@@ -216,14 +216,16 @@ def solve(
     """The best of ``n_starts`` searches for each of P problems that weight the same rows differently.
 
     ``weights`` has shape (P, n): ones for a fit, counts for a resample, zeros for rows left out.
-    ``near``, nonlinear values in raw units of shape (m,), is one more start for every problem.
+    ``near``, nonlinear values in raw units of shape (m,) or (s, m), are more starts for every problem.
     """
     units, back, scaled = in_units(law, rows)
     loss = rows["loss"].to_numpy()
     problem = _Problem(law, scaled, loss, np.sqrt(weights), positive=False)
     starts = _starts(law, n_starts, np.random.default_rng(seed))
     if near is not None:
-        there = law.to_raw(np.concatenate([np.ones(len(law.linear)), near]), back)[len(law.linear) :]
+        near = np.atleast_2d(near)
+        with np.errstate(over="ignore", invalid="ignore"):
+            there = law.to_raw(np.hstack([np.ones((len(near), len(law.linear))), near]), back)[:, len(law.linear) :]
         starts = np.vstack([starts, problem.searched(there)])
     searched, linear, sse, converged, share_at_best = found = _best_of_starts(problem, starts)
     # where the free optimum has no negative coefficient, it is the optimum without them, too

@@ -197,9 +197,12 @@ def profile_interval(table: pd.DataFrame, fit: Fit, parameter: str, level: float
     elif parameter not in law.linear and not parameter.startswith("epsilon"):
         low, high = estimate - SHAPE_RANGE, estimate + SHAPE_RANGE
 
+    # to first order the others move as their covariance with it says
+    moves = fit.covariance[index] / fit.covariance[index, index] * (fit.parameters[parameter] if never_negative else 1.0)
+
     def excess(searched: float) -> float:
         held = law.holding({parameter: to_value(searched)})
-        near = np.delete(fit.values, index)[len(held.linear) :]
+        near = np.delete([fit.values, fit.values + (searched - estimate) * moves], index, axis=1)[:, len(held.linear) :]
         found = fitting.solve(rows, held, fit.weights[np.newaxis], n_starts=PROFILE_STARTS, positive=positive, near=near)
         sse = float(found.sse[0])
         if sse < least * (1 - 10 * COSINE_LIMIT**2):
@@ -212,12 +215,7 @@ def profile_interval(table: pd.DataFrame, fit: Fit, parameter: str, level: float
 
 
 def prediction_interval(
-    table_new: pd.DataFrame,
-    fit: Fit,
-    table: pd.DataFrame,
-    level: float = 0.95,
-    *,
-    covariance: Covariance | None = None,
+    table_new: pd.DataFrame, fit: Fit, table: pd.DataFrame, level: float = 0.95, *, covariance: Covariance | None = None
 ) -> pd.DataFrame:
     """Predicted losses (nats per token) of new runs: columns ``loss``, ``low``, ``high``, with the index of ``table_new``.
 
