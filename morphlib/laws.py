@@ -219,20 +219,19 @@ class Law:
 
         def slopes(linear: Array) -> list[Array]:
             known = self.by_name(np.concatenate([linear, nonlinear_values], axis=-1), self.parameters)
-            result: dict[str, Array] = {}
+            terms = {name: known[name] * column for name, column in powers.items()}
+            base = sum(terms.values(), known["E"])
+            result: dict[str, Array] = dict.fromkeys(self.nonlinear, np.zeros(1))
 
             def add(name: str, slope: Array) -> None:
-                free = self.free_name(name)
-                result[free] = result[free] + slope if free in result else slope
+                if (free := self.free_name(name)) in result:
+                    result[free] = result[free] + slope
 
             for power in self.base.powers:
-                term = known[power.coefficient] * columns[power.coefficient]
-                add(power.exponent, -np.log(variables[power.variable]) * term)
-            if by_parameter:
-                base = sum((known[name] * column for name, column in powers.items()), known["E"])
-                for name, derivative in by_parameter.items():
-                    add(name, base * derivative)
-            return [result[name] for name in self.nonlinear]
+                add(power.exponent, -np.log(variables[power.variable]) * terms[power.coefficient] * factor)
+            for name, derivative in by_parameter.items():
+                add(name, base * derivative)
+            return list(result.values())
 
         return [columns[name] for name in self.linear], rest, slopes
 
