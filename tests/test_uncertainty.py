@@ -120,7 +120,8 @@ def test_weighted_errors_and_intervals_are_those_of_statsmodels(paper):
 
 def test_only_the_ratios_of_weights_matter(paper, curved):
     weights = np.where(paper["tokens"] < 2e9, 0.5, 1.0)
-    once, twice = (fitting.fit(paper, CURVED, weights=factor * weights) for factor in (1, 16))  # 16: its root is exact in binary
+    # 16: its root is exact in binary
+    once, twice = (fitting.fit(paper, CURVED, weights=factor * weights) for factor in (1, 16))
     assert once.values == pytest.approx(twice.values, rel=1e-12)
     assert once.covariance == pytest.approx(twice.covariance, rel=1e-10)
     for interval in (
