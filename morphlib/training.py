@@ -6,8 +6,8 @@ rate, the trunk, serves several budgets: for each, a branch leaves the trunk and
 part of its budget (Hu et al. 2024, arXiv 2404.06395, section 4; Hägele et al. 2024, arXiv 2405.18392). The trunk then goes on
 from where the branch left it.
 
-Two losses are reported. ``loss`` is the mean cross-entropy of held-out text in nats per token. ``mean_training_loss`` is the
-paper's: each step's loss with its z-loss, smoothed, averaged from the first step to the mark (`morphlib.runs.loss_from_log`).
+Two losses are reported. ``loss`` is the mean cross-entropy of held-out text in nats per token. ``run_averaged_loss`` is the
+paper's (`morphlib.runs.run_averaged_loss`) of all steps up to the mark, each with its z-loss.
 
 A run that is killed goes on from its last checkpoint and ends with the same bits, on the same machine with as many threads.
 A checkpoint is a file of tensors and a file that names its checksum, the second written when the first is whole; two are kept.
@@ -15,12 +15,10 @@ A checkpoint is a file of tensors and a file that names its checksum, the second
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -40,8 +38,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from morphlib import files
 from morphlib.errors import InputError
 from morphlib.model import OpenLMConfig, OpenLMForCausalLM
+from morphlib.runs import run_averaged_loss
 from morphlib.shapes import Shape
 
 Schedule = Literal["cosine", "trunk"]
@@ -52,7 +52,6 @@ COOLDOWN_SHARE = 0.2  # of a budget, over which a branch lowers the learning rat
 SAVE_EVERY_S = 120.0
 KEPT = 2  # checkpoints
 _WHOLE = StateDictOptions(full_state_dict=True)
-SMOOTHING = 0.9  # weight of a new step in the paper's moving average (EMA_epoch_loss.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,15 +133,6 @@ def learning_rate(recipe: Recipe, phase: Phase, step: int) -> float:
     return recipe.learning_rate * warm * (FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def mean_training_loss(losses: Sequence[float]) -> float:
-    """The paper's loss of the steps so far: the plain mean of a moving average that starts at the first step."""
-    smoothed, total = losses[0], 0.0
-    for loss in losses:
-        smoothed = SMOOTHING * loss + (1 - SMOOTHING) * smoothed
-        total += smoothed
-    return total / len(losses)
-
-
 @dataclass
 class _State:
     """All that changes while training, and what the trunk was when a branch left it."""
@@ -220,7 +210,7 @@ def train(
         mesh = init_device_mesh(torch.device(device).type, (distributed.get_world_size(),))
         for part in (*model.layers, model):
             fully_shard(part, mesh=mesh)
-    with _writing(folder):
+    with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     state = _State(model, _optimizer(model, recipe))
     _resume(folder, identity, state, progress)
@@ -242,7 +232,7 @@ def train(
             state.rows.append(_row(shape, state, phase.mark, recipe, held_out, device))
             weights = get_model_state_dict(model, options=_WHOLE)
             if _is_first():
-                with _writing(folder):
+                with files.writing(folder, SafetensorError):
                     model.save_pretrained(folder / f"model-{phase.mark}", state_dict=weights)
             assert state.trunk is not None
             state.put(state.trunk)
@@ -333,7 +323,7 @@ def _row(shape: Shape, state: _State, mark: int, recipe: Recipe, held_out: Mappi
         "tokens": state.step * recipe.step_tokens,
         "budget_tokens": mark,
         "loss": loss,
-        "mean_training_loss": mean_training_loss(state.losses),
+        "run_averaged_loss": run_averaged_loss(state.losses),
         **{f"loss_{name}": value for name, value in by_source.items()},
         "steps": state.step,
         "seconds": round(state.seconds, 1),
@@ -353,24 +343,19 @@ def _told(state: _State, plan: Sequence[Phase], recipe: Recipe) -> str:
 
 def _save(folder: Path, identity: Mapping[str, Any], state: _State) -> None:
     """A checkpoint: tensors, then the file that names them; older ones than the last two go."""
-    number = 1 + max((int(path.stem.partition("-")[2]) for path in _checkpoints(folder)), default=0)
+    number = 1 + max(map(_number, _checkpoints(folder)), default=0)
     name, tensors = f"checkpoint-{number}", state.tensors()
     if state.trunk is not None:
         tensors |= {f"trunk.{key}": value for key, value in state.trunk.items()}
     if not _is_first():
         return
     told = {key: getattr(state, key) for key in ("phase", "step", "losses", "seconds", "rows", "trunk_losses")}
-    partial = folder / f"{name}.partial"
-    with _writing(folder):
-        try:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
-            told |= {"identity": identity, "sha256": _sha256(partial)}
-            partial.replace(folder / f"{name}.safetensors")
-            partial.write_text(json.dumps(told), encoding="utf-8")
-            partial.replace(folder / f"{name}.json")
-        finally:
-            partial.unlink(missing_ok=True)
-    for old in sorted(_checkpoints(folder), key=lambda path: int(path.stem.partition("-")[2]))[:-KEPT]:
+    with files.replacing(folder / f"{name}.safetensors", SafetensorError) as partial:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+        told |= {"identity": identity, "sha256": files.sha256(partial)}
+    with files.replacing(folder / f"{name}.json") as partial:
+        partial.write_text(json.dumps(told), encoding="utf-8")
+    for old in _checkpoints(folder)[:-KEPT]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
 
@@ -387,22 +372,13 @@ def _is_first() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be written ({error}); give a folder of yours with room") from None
-
-
 def _resume(folder: Path, identity: Mapping[str, Any], state: _State, progress: Callable[[str], None]) -> None:
     """Put the newest whole checkpoint of the folder into ``state``, if there is one."""
-    newest_first = sorted(_checkpoints(folder), key=lambda path: -int(path.stem.partition("-")[2]))
-    for path in newest_first:
+    for path in reversed(_checkpoints(folder)):
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
             tensors_path = path.with_suffix(".safetensors")
-            if _sha256(tensors_path) != told["sha256"]:
+            if files.sha256(tensors_path) != told["sha256"]:
                 raise ValueError("its checksum differs")
             tensors = load_file(tensors_path)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -419,10 +395,10 @@ def _resume(folder: Path, identity: Mapping[str, Any], state: _State, progress: 
         return
 
 
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    return folder.glob("checkpoint-*.json")
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("checkpoint-*.json"), key=_number)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.stem.partition("-")[2])

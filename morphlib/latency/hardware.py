@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from morphlib import files
 from morphlib.errors import InputError
 from morphlib.latency import DATA
 
@@ -99,8 +99,8 @@ def _gpu(name: str) -> Hardware:
 
 
 def calibration_path() -> Path:
-    """Where the calibration of this machine is kept: ``calibration.json`` in ``$MORPH_HOME``, or ``~/.cache/morph``."""
-    return Path(os.environ.get("MORPH_HOME") or Path.home() / ".cache/morph") / "calibration.json"
+    """Where the calibration of this machine is kept: ``calibration.json`` in `morphlib.files.home`."""
+    return files.home() / "calibration.json"
 
 
 def _this(bits: int) -> Hardware:
@@ -162,21 +162,11 @@ def calibrate(device: Literal["auto", "cpu", "cuda"] = "auto", seconds: float = 
                 launch_s=launch_s,
             )
             found[f"{bits}_bits"] = asdict(this)
-    _write(calibration_path(), json.dumps(found, indent=2))
+    with files.replacing(calibration_path()) as partial:
+        partial.write_text(json.dumps(found, indent=2), encoding="utf-8")
     return found
 
 
 def _spread(values: np.ndarray) -> Estimate:
     low, median, high = np.percentile(values, (10, 50, 90)).tolist()
     return Estimate(median, low, high, "measured by morph latency calibrate")
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: a reader never sees half a calibration."""
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); set MORPH_HOME to a folder of yours") from None

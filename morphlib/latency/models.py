@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+INITIAL_STD = 0.02  # of random weights, whatever a configuration says
 LLAMA_2_POSITIONS = 4096  # max_position_embeddings of Llama-2-7b, kept by the authors' sweeps
 _CONFIG_FIELDS = {
     "d_model": "hidden_size",
@@ -74,7 +75,7 @@ class Model:
 
     def n_params(self) -> int:
         """Parameters of the model as built; a tied table counts once."""
-        return self._built("fp32").num_parameters()
+        return self._weightless("fp32").num_parameters()
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes that the cache of keys and values grows by with each token: those of ``Shape``, for any head size."""
@@ -101,7 +102,7 @@ class Model:
         attention is not fused, and five fp32 rows of logits, which sampling sorts. Nothing is allocated. What
         the libraries take for themselves is not in it.
         """
-        model, sizes = self._built(dtype), dimensions(self.config)
+        model, sizes = self._weightless(dtype), dimensions(self.config)
         cached = self.kv_bytes_per_token(dtype)
         widest = 3 * sizes["d_ff"] + sizes["n_heads"] * sizes["head_size"] + 4 * sizes["d_model"]
         rows = context * (cached + cached // sizes["n_layers"] + widest * model.dtype.itemsize)
@@ -111,18 +112,20 @@ class Model:
     def load(self, dtype: str, device: torch.device | str, *, seed: int = 0) -> PreTrainedModel:
         """The model in ``dtype`` on the device, in evaluation mode, its logits checked to be finite.
 
-        Random weights are drawn on the device as transformers initializes them: matrices normal, biases 0, norms
-        neutral; the same for the same seed and kind of device. Raises ``InputError`` where the logits are not finite
-        and where a checkpoint is not whole.
+        Random weights are drawn on the device as transformers initializes them, with standard deviation 0.02 (a model of
+        Open-LM with its own): matrices normal, biases 0, norms neutral; the same for the same seed and kind of device. Raises
+        ``InputError`` where the logits are not finite and where a checkpoint is not whole.
         """
         import torch
         from transformers import AutoModelForCausalLM
 
         model: Any
         if self.path is None:
+            model = self._weightless(dtype).to_empty(device=device)
+            model.tie_weights()  # before they are drawn: leaving the meta device has untied them
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                model = self._built(dtype, device)
+                model.init_weights()  # fills the buffers too (rotary frequencies, masks): they are empty memory until then
         else:
             with _refusing(f"{self.path}: transformers cannot read the checkpoint", "give a whole one"):
                 read: Any = AutoModelForCausalLM.from_pretrained(
@@ -144,15 +147,23 @@ class Model:
             raise InputError(f"{self.name}: the logits are not finite in {dtype}; choose another dtype")
         return model
 
-    def _built(self, dtype: str, device: torch.device | str = "meta") -> PreTrainedModel:
-        """The model with weights as transformers draws them; on the device ``meta`` none are, and it takes no memory."""
+    def _weightless(self, dtype: str) -> PreTrainedModel:
+        """The model on the device ``meta``, where no weight is drawn and none takes memory."""
+        import torch
+
+        with torch.device("meta"):
+            return self._built(dtype)
+
+    def _built(self, dtype: str) -> PreTrainedModel:
         import torch
         from transformers import AutoModelForCausalLM
 
-        wrong = f"{self.name}: cannot be built as a causal language model"
-        with torch.device(device), _refusing(wrong, "mend its configuration"):
-            # a copy, for transformers notes the dtype in it
-            return AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=getattr(torch, DTYPES[dtype]))
+        config = copy.deepcopy(self.config)  # transformers notes the dtype in it
+        for field in ("initializer_range", "init_std"):
+            if hasattr(config, field):
+                setattr(config, field, INITIAL_STD)
+        with _refusing(f"{self.name}: cannot be built as a causal language model", "mend its configuration"):
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES[dtype]))
 
 
 @contextmanager
@@ -312,6 +323,7 @@ def count_operations(model: Model) -> Operations:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers.initialization import no_init_weights
 
     counts: Counter[tuple[bool, bool]] = Counter()
     now = {"in_layer": False}
@@ -323,8 +335,8 @@ def count_operations(model: Model) -> Operations:
             return func(*args, **(kwargs or {}))
 
     n_layers = dimensions(model.config)["n_layers"]
-    with FakeTensorMode(), torch.no_grad():
-        built: Any = model._built("bf16", "cpu").eval()
+    with FakeTensorMode(), no_init_weights(), torch.no_grad():
+        built: Any = model._built("bf16").eval()
         lists = (m for m in built.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers)
         for layer in next(lists):
             layer.register_forward_pre_hook(lambda *_: now.update(in_layer=True))

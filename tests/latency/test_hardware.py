@@ -132,6 +132,8 @@ def test_calibrating_this_machine(home, monkeypatch):
 def test_calibrating_into_a_place_that_is_none(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr(hardware, "_STREAMED", (256, 128))
+    monkeypatch.setattr(hardware, "_GEMM", (64, 128))
     monkeypatch.setenv("MORPH_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="set MORPH_HOME"):
-        hardware._write(hardware.calibration_path(), "{}")
+    with pytest.raises(InputError, match="name a place of yours"):
+        hardware.calibrate("cpu", seconds=0.02)

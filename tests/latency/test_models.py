@@ -191,6 +191,16 @@ def test_random_weights_are_what_transformers_draws(architecture):
     assert ours.config._attn_implementation == theirs.config._attn_implementation
 
 
+def test_their_standard_deviation_is_002_whatever_the_configuration_says():
+    for field, architecture in (("initializer_range", "llama"), ("init_std", "opt")):
+        model = small(architecture, hidden_size=256, word_embed_proj_dim=256, intermediate_size=512, **{field: 0.5})
+        loaded = model.load("fp32", "cpu")
+        for name, weight in loaded.named_parameters():
+            if weight.dim() == 2:  # four standard errors of a standard deviation
+                assert weight.std().item() == pytest.approx(0.02, rel=4 / (2 * weight.numel()) ** 0.5), name
+        assert getattr(model.config, field) == 0.5, "the configuration given is left alone"
+
+
 @pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
 def test_seed_and_dtype(dtype, expected):
     state = torch.get_rng_state()
