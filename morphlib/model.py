@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from morphlib import files
 from morphlib.errors import InputError
-from morphlib.shapes import Norm, Shape
+from morphlib.shapes import TRANSFORMERS_NAMES, Norm, Shape
 
 # Open-LM's names of norms; the low-precision ones compute in bf16 under autocast and have the same weights
 NORMS: dict[str, Norm] = {
@@ -86,31 +86,13 @@ class OpenLMConfig(PreTrainedConfig):
             raise InputError(
                 f"{shape}: the head size {shape.head_size} is odd, and rotary positions halve it; choose other heads"
             )
-        return cls(
-            vocab_size=shape.vocab,
-            hidden_size=shape.d_model,
-            intermediate_size=shape.d_ff,
-            num_hidden_layers=shape.n_layers,
-            num_attention_heads=shape.n_heads,
-            num_key_value_heads=shape.n_kv_heads,
-            max_position_embeddings=max_tokens,
-            norm=shape.norm,
-            qk_norm=qk_norm,
-            tie_word_embeddings=shape.tied,
-        )
+        sizes = {theirs: getattr(shape, ours) for ours, theirs in TRANSFORMERS_NAMES.items()}
+        return cls(**sizes, max_position_embeddings=max_tokens, norm=shape.norm, qk_norm=qk_norm)
 
     @property
     def shape(self) -> Shape:
-        return Shape(
-            d_model=self.hidden_size,
-            n_layers=self.num_hidden_layers,
-            n_heads=self.num_attention_heads,
-            n_kv_heads=self.num_key_value_heads,
-            d_ff=self.intermediate_size,
-            vocab=self.vocab_size,
-            tied=self.tie_word_embeddings,
-            norm=self.norm,  # type: ignore[arg-type]
-        )
+        sizes = {ours: getattr(self, theirs) for ours, theirs in TRANSFORMERS_NAMES.items()}
+        return Shape(**sizes, norm=self.norm)  # type: ignore[arg-type]
 
 
 def _norm(config: OpenLMConfig, width: int) -> nn.Module:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +38,15 @@ _SPECIFICATION = re.compile(r"(?P<n_layers>\d+)x(?P<d_model>\d+)(?P<rest>(/.+)?)
 _PART = re.compile(r"/(?:(\d+)(h|kv|ff|v)|(ff=8d/3)|(tied))(?=/|$)")
 _FIELD = {"h": "n_heads", "kv": "n_kv_heads", "ff": "d_ff", "v": "vocab"}
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab")
+TRANSFORMERS_NAMES = {  # of what a shape says, in the configurations of Llama and of those that follow it
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "vocab": "vocab_size",
+    "tied": "tie_word_embeddings",
+}
 _HOW_TO_WRITE = "write LAYERSxWIDTH, for example 12x3072, with /16h /4kv /8192ff /50432v or /ff=8d/3 /tied behind it as needed"
 
 
@@ -67,7 +77,7 @@ Array = NDArray[np.float64]
 Number = TypeVar("Number", int, Array)
 
 
-class _Counted(Generic[Number]):
+class _Counted(ABC, Generic[Number]):
     """What follows from the sizes: of one `Shape` in whole numbers, of many (`Shapes`) as arrays."""
 
     __slots__ = ()
@@ -82,8 +92,8 @@ class _Counted(Generic[Number]):
     norm: Norm
 
     @property
-    def head_size(self) -> Number:
-        raise NotImplementedError
+    @abstractmethod
+    def head_size(self) -> Number: ...
 
     @property
     def aspect_ratio(self) -> float | Array:

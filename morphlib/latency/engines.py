@@ -256,6 +256,8 @@ class _Vllm:
         c = self.configuration = configuration
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, self.facts = _admitted(c, device, vllm, transformers)
+        if model.config.model_type == "open_lm":
+            raise InputError(f"vLLM has no Open-LM; time a Llama of its shape: {model.shape}")
         self._folder = tempfile.TemporaryDirectory()  # as long as the engine
         model.config.save_pretrained(self._folder.name)
         memory = psutil.virtual_memory()

@@ -2,8 +2,8 @@
 
 The authors' sweeps time Llama-type models of random weights (the configuration of Llama-2-7b with other
 sizes); how fast a model answers does not depend on what it has learned. Nothing here asks the network, and
-no code that comes with a model is run: configurations are read by the classes of transformers, weights from
-safetensors only.
+no code that comes with a model is run: configurations are read by the classes of transformers and by that of
+`morphlib.model`, weights from safetensors only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from morphlib.errors import InputError
 from morphlib.latency import DATA
-from morphlib.shapes import Shape
+from morphlib.shapes import TRANSFORMERS_NAMES, Shape
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,15 +33,6 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 INITIAL_STD = 0.02  # of random weights, whatever a configuration says
 LLAMA_2_POSITIONS = 4096  # max_position_embeddings of Llama-2-7b, kept by the authors' sweeps
-_CONFIG_FIELDS = {
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "d_ff": "intermediate_size",
-    "vocab": "vocab_size",
-    "tied": "tie_word_embeddings",
-}
 _TWO_MATRICES = {"opt", "gpt_neox", "gpt_neo"}  # in the feed-forward layer, where a Llama has three
 _UNSAFE_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"}
 _HIDDEN_VIEWS = ("aten::_unsafe_view", "aten::detach_")  # the schema of these does not say that they only name memory anew
@@ -63,10 +54,10 @@ class Model:
 
     @property
     def shape(self) -> Shape | None:
-        """The shape where ``Shape`` describes the model: a Llama whose heads make up its width."""
+        """The shape where ``Shape`` describes the model: a Llama or an Open-LM whose heads make up its width."""
         sizes = dimensions(self.config)
         heads_width = sizes["n_heads"] * sizes.pop("head_size")
-        return Shape(**sizes) if self.built_as == "llama" and heads_width == sizes["d_model"] else None
+        return Shape(**sizes) if self.built_as in ("llama", "open_lm") and heads_width == sizes["d_model"] else None
 
     @property
     def max_tokens(self) -> int:
@@ -185,7 +176,7 @@ def config_of(shape: Shape) -> PretrainedConfig:
 
     if shape.head_size % 2:
         raise InputError(f"{shape}: the head size {shape.head_size} is odd, and rotary positions halve it; choose other heads")
-    sizes = {theirs: getattr(shape, ours) for ours, theirs in _CONFIG_FIELDS.items()}
+    sizes = {theirs: getattr(shape, ours) for ours, theirs in TRANSFORMERS_NAMES.items()}
     return LlamaConfig(**sizes, max_position_embeddings=LLAMA_2_POSITIONS, rms_norm_eps=1e-5)
 
 
@@ -203,16 +194,14 @@ def resolve(text: str) -> Model:
     (a checkpoint if it holds safetensors, else random weights for its ``config.json``); such a configuration as a
     ``.json`` file; or what `Shape.parse` reads. Raises ``InputError`` for anything else, saying what can be given.
     """
-    from transformers import AutoConfig
-
     path, row = Path(text), _bundled(text)
     if row is None and _is_on_disk(path):
         return _from_disk(path)
     if row is None:
         return Model(name=path.name if path.suffix == ".json" else text, config=config_of(_parsed(text)))
-    sizes = {theirs: row[ours] for ours, theirs in _CONFIG_FIELDS.items()}
+    sizes = {theirs: row[ours] for ours, theirs in TRANSFORMERS_NAMES.items()}
     sizes |= {"head_dim": row["head_size"], "max_position_embeddings": row["max_tokens"]}
-    config = AutoConfig.for_model(row["model_type"], **sizes, **json.loads(row["other_fields"] or "{}"))
+    config = _auto_config().for_model(row["model_type"], **sizes, **json.loads(row["other_fields"] or "{}"))
     stand_in = "" if row["architecture"] == row["model_type"] else f", standing in for {row['architecture']}"
     return Model(name=row["name"], config=config, built_as=row["model_type"] + stand_in)
 
@@ -235,7 +224,7 @@ def shape_of(text: str) -> tuple[Shape, str]:
     # what heads that do not make up the width read more or less than those that do, the feed-forward layer stands in for
     beyond = row["head_size"] - row["d_model"] // row["n_heads"]
     width += 2 * beyond * (row["n_heads"] + row["n_kv_heads"]) // 3
-    sizes = {field: row[field] for field in _CONFIG_FIELDS} | {"d_ff": width}
+    sizes = {field: row[field] for field in TRANSFORMERS_NAMES} | {"d_ff": width}
     # MiniCPM dispatches what a Llama does and a few multiplications, which nobody has counted
     return Shape(**sizes), "llama" if row["architecture"] == "minicpm" else row["architecture"]
 
@@ -264,11 +253,17 @@ def _is_on_disk(path: Path) -> bool:
     return path.suffix == ".json" and path.is_file() and b'"model_type"' in path.read_bytes()
 
 
-def _from_disk(path: Path) -> Model:
-    from transformers import AutoConfig
+def _auto_config() -> Any:
+    import transformers
 
+    import morphlib.model  # noqa: F401 - makes Open-LM known to transformers
+
+    return transformers.AutoConfig
+
+
+def _from_disk(path: Path) -> Model:
     with _refusing(f"{path}: transformers cannot read its configuration", "give a config.json of a type it knows"):
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = _auto_config().from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # a configuration can ask for kernels from the Hub, which are code: of attention by name, of quantizers unasked
     config._attn_implementation = None
     if getattr(config, "quantization_config", None):
@@ -288,8 +283,8 @@ def dimensions(config: PretrainedConfig) -> dict[str, Any]:
     for a configuration that has no width, depth or heads.
     """
     text = config.get_text_config()
-    sizes: dict[str, Any] = {ours: getattr(text, theirs, None) for ours, theirs in _CONFIG_FIELDS.items()}
-    missing = [_CONFIG_FIELDS[field] for field in ("d_model", "n_layers", "n_heads") if not isinstance(sizes[field], int)]
+    sizes: dict[str, Any] = {ours: getattr(text, theirs, None) for ours, theirs in TRANSFORMERS_NAMES.items()}
+    missing = [TRANSFORMERS_NAMES[field] for field in ("d_model", "n_layers", "n_heads") if not isinstance(sizes[field], int)]
     if missing:
         raise InputError(f"a {config.model_type} has no {', '.join(missing)}; give a decoder-only transformer")
     return sizes | {
