@@ -368,6 +368,8 @@ class Corpus:
     @classmethod
     def open(cls, folder: Path) -> Corpus:
         """Raises ``InputError`` for a folder that is no corpus, and for one whose files are not those that were built."""
+        if not (folder / MANIFEST).exists():
+            raise InputError(f"{folder}: holds no corpus; run `morph corpus build`, or take docstrings")
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             files = [_checked(folder / Path(name).name, sha256, "build it anew") for name, sha256 in manifest["sha256"].items()]
@@ -376,7 +378,7 @@ class Corpus:
             ratios = {name: manifest["sizes"][name]["bytes"] / max(1, len(tokens)) for name, tokens in arrays.items()}
             return cls(folder, manifest, tokenizer, arrays.pop("train"), arrays, tokenizer.vocab, ratios)
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{folder}: is no corpus of this version ({error}); build it anew") from None
+            raise InputError(f"{folder}: is no corpus of this version ({error}); run `morph corpus build`") from None
 
     def require(self, tokens: int) -> None:
         """Raises ``InputError`` where a single epoch has fewer tokens to train on; no text is seen twice."""

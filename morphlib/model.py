@@ -34,16 +34,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from morphlib import files
 from morphlib.errors import InputError
-from morphlib.shapes import TRANSFORMERS_NAMES, Norm, Shape
+from morphlib.shapes import OPEN_LM_NORMS, TRANSFORMERS_NAMES, Shape
 
-# Open-LM's names of norms; the low-precision ones compute in bf16 under autocast and have the same weights
-NORMS: dict[str, Norm] = {
-    "default_layer_norm": "layer_norm",
-    "lp_layer_norm": "layer_norm",
-    "gain_only_layer_norm": "gain_only_layer_norm",
-    "gain_only_lp_layer_norm": "gain_only_layer_norm",
-    "rms_norm": "rms_norm",
-}
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")  # of FSDP, of torch.compile, of DDP
 
 
@@ -259,13 +251,13 @@ def config_of_open_lm(path: Path, model_norm: str | None = None) -> OpenLMConfig
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
         name = given.get("model_norm", model_norm or "default_layer_norm")
-        if name not in NORMS:
-            raise ValueError(f"model_norm is {name!r}; this model has {', '.join(NORMS)}")
+        if name not in OPEN_LM_NORMS:
+            raise ValueError(f"model_norm is {name!r}; this model has {', '.join(OPEN_LM_NORMS)}")
         positions, feed_forward = given.get("positional_embedding_type", "rotary"), given.get("ffn_type", "swiglu")
         if positions != "rotary" or feed_forward not in ("swiglu", "swiglu_torch") or given.get("post_embed_norm"):
             raise ValueError("only rotary positions and swiglu are read, without a norm after the embedding")
         sizes = {"n_heads": int(given["n_heads"]), "vocab": given["vocab_size"], "tied": given.get("weight_tying", False)}
-        shape = Shape.of(given["hidden_dim"], given["n_layers"], **sizes, norm=NORMS[name])
+        shape = Shape.of(given["hidden_dim"], given["n_layers"], **sizes, norm=OPEN_LM_NORMS[name])
         return OpenLMConfig.of(shape, qk_norm=given.get("qk_norm", False), max_tokens=given.get("seq_len", 2048))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)

@@ -27,6 +27,15 @@ CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
 Norm = Literal["gain_only_layer_norm", "layer_norm", "rms_norm"]
 
+# Open-LM's names of norms; the low-precision ones compute in bf16 under autocast and have the same weights
+OPEN_LM_NORMS: dict[str, Norm] = {
+    "default_layer_norm": "layer_norm",
+    "lp_layer_norm": "layer_norm",
+    "gain_only_layer_norm": "gain_only_layer_norm",
+    "gain_only_lp_layer_norm": "gain_only_layer_norm",
+    "rms_norm": "rms_norm",
+}
+
 AttentionKind = Literal["MHA", "GQA", "MQA"]
 
 Bits = Literal[4, 8, 16, 32]
@@ -228,11 +237,12 @@ class Shape(_Counted[int]):
         )
 
     @classmethod
-    def parse(cls, text: str) -> Shape:
+    def parse(cls, text: str, vocab: int = GPT_NEOX_VOCABULARY) -> Shape:
         """A shape from a specification, the name of a shape of the paper, or an Open-LM JSON file.
 
         ``12x3072`` is 12 layers of width 3072; ``12x3072/16h/4kv/8192ff/50432v`` states the rest,
-        ``/ff=8d/3`` takes the plain SwiGLU ratio, ``/tied`` shares the embedding with the head.
+        ``/ff=8d/3`` takes the plain SwiGLU ratio, ``/tied`` shares the embedding with the head. ``vocab``
+        is the vocabulary of a specification that states none.
         Raises ``ValueError`` with what to write instead.
         """
         if text.endswith(".json"):
@@ -245,7 +255,7 @@ class Shape(_Counted[int]):
         if match is None:
             raise ValueError(f"{text!r} is not a shape; {_HOW_TO_WRITE}")
         d_model, n_layers = int(match["d_model"]), int(match["n_layers"])
-        given: dict[str, int] = {}
+        given: dict[str, int] = {}  # of what the specification states
         end = 0
         for part in _PART.finditer(match["rest"]):
             number, unit, plain_ratio, tied = part.groups()
@@ -257,7 +267,7 @@ class Shape(_Counted[int]):
         if end != len(match["rest"]):
             raise ValueError(f"{text!r} is not a shape: cannot read {match['rest'][end:]!r}; {_HOW_TO_WRITE}")
         try:
-            return cls.of(d_model, n_layers, **given)  # type: ignore[arg-type]
+            return cls.of(d_model, n_layers, **{"vocab": vocab} | given)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{text!r} is not a shape: {error}") from None
 

@@ -16,14 +16,16 @@ A checkpoint is a file of tensors and a file that names its checksum, the second
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -41,57 +43,16 @@ from torch.distributed.fsdp import fully_shard
 from morphlib import files
 from morphlib.errors import InputError
 from morphlib.model import OpenLMConfig, OpenLMForCausalLM
+from morphlib.recipes import Recipe
 from morphlib.runs import run_averaged_loss
 from morphlib.shapes import Shape
 
-Schedule = Literal["cosine", "trunk"]
 Tokens = np.ndarray[Any, np.dtype[Any]]
 
-FINAL_SHARE = 0.01  # of the peak learning rate, at the end of a cosine (the paper: 3e-3 to 3e-5)
 COOLDOWN_SHARE = 0.2  # of a budget, over which a branch lowers the learning rate to zero
 SAVE_EVERY_S = 120.0
 KEPT = 2  # checkpoints
 _WHOLE = StateDictOptions(full_state_dict=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How a model is trained. The defaults that have no size in them are the paper's (open-lm-morph@1872be3).
-
-    A step reads ``batch`` sequences of ``sequence`` tokens, in ``accumulate`` parts. ``learning_rate`` is the peak; with
-    ``base_width`` that of matrices is multiplied by base_width / width (muP for Adam: Yang et al., arXiv 2203.03466, table 3),
-    that of the embedding and of norms is not. ``z_loss`` multiplies the mean of logsumexp^2. ``dtype`` fp32, or bf16 for
-    autocast. Raises ``InputError`` for a number that cannot be.
-    """
-
-    learning_rate: float = 3e-3
-    warmup_steps: int = 2000
-    schedule: Schedule = "cosine"
-    batch: int = 512
-    sequence: int = 2048
-    accumulate: int = 1
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.033
-    clip: float = 1.0
-    z_loss: float = 1e-4
-    base_width: int | None = None
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.schedule not in get_args(Schedule):
-            raise InputError(f"schedule is {self.schedule!r}; choose one of {', '.join(get_args(Schedule))}")
-        for name in ("learning_rate", "batch", "sequence", "accumulate", "epsilon", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; give a number above zero")
-        if self.batch % self.accumulate:
-            raise InputError(f"a batch of {self.batch} cannot be taken in {self.accumulate} equal parts; choose a divisor")
-
-    @property
-    def step_tokens(self) -> int:
-        return self.batch * self.sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +85,14 @@ def phases(recipe: Recipe, marks: Sequence[int]) -> list[Phase]:
 
 
 def learning_rate(recipe: Recipe, phase: Phase, step: int) -> float:
-    """The rate of a step, counted from 0: a linear warm-up, then the schedule."""
+    """The rate of a step, counted from 0: a linear warm-up, then the schedule, the cosine as in open_lm's ``scheduler.py``."""
     warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
     if recipe.schedule == "trunk":
         left = 1.0 if phase.mark is None else (phase.end - step) / (phase.end - phase.start)
         return recipe.learning_rate * warm * left
-    done = min(1.0, max(0, step + 1 - recipe.warmup_steps) / max(1, phase.end - recipe.warmup_steps))
-    return recipe.learning_rate * warm * (FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * done)) / 2)
+    done = max(0, step - recipe.warmup_steps) / max(1, phase.end - recipe.warmup_steps)
+    share = recipe.final_share + (1 - recipe.final_share) * (1 + math.cos(math.pi * done)) / 2
+    return recipe.learning_rate * warm * share
 
 
 @dataclass
@@ -185,11 +147,15 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a shape on ``tokens``, shape (n,), and return one row for each of ``marks``, budgets in tokens.
 
-    ``held_out`` has token ids by source. The sequences are read in an order that ``recipe.seed`` draws, the same for every
-    shape, and none twice. ``folder`` keeps checkpoints, and a model for each mark, as transformers saves it; a call with the
-    same arguments goes on where the last one stopped, or returns the rows. Where torch.distributed is initialized the
-    weights are sharded over the processes (FSDP), each takes its part of every batch, and the first one writes. Raises
-    ``InputError`` for too few tokens, a folder of another run, one that cannot be written, and a loss that is no number.
+    The sequences are read in an order that ``recipe.seed`` draws, the same for every shape, and none twice. ``held_out`` has
+    token ids by source; a source with less than a sequence of them is left out. ``folder`` keeps checkpoints; for each mark a
+    model as transformers saves it, and the loss of every step up to it (``losses-MARK.csv``, for
+    `morphlib.runs.loss_from_log`); and the rows as a run table, ``rows.csv``. A call with the same arguments goes on where the
+    last one stopped, or returns the rows.
+
+    Where torch.distributed is initialized the weights are sharded over the processes (FSDP), each takes its part of every
+    batch, and the first one writes. Raises ``InputError`` for too few tokens to train on or held out, a folder of another run,
+    one that cannot be written, and a loss that is no number.
     """
     plan, n_processes = phases(recipe, marks), distributed.get_world_size() if distributed.is_initialized() else 1
     if recipe.batch % (n_processes * recipe.accumulate):
@@ -200,12 +166,17 @@ def train(
             f"{marks[-1]} tokens need {needed} sequences of {recipe.sequence}, and the text has {n_sequences}; no text is read "
             "twice, so give more text or a smaller budget"
         )
+    held_out = {name: ids for name, ids in held_out.items() if len(ids) > recipe.sequence}
+    if not held_out:
+        raise InputError(f"no source has {recipe.sequence} held-out tokens, one sequence; give more text or shorter sequences")
     order = np.random.default_rng(recipe.seed).permutation(n_sequences)
     identity = {"shape": str(shape), "norm": shape.norm, "marks": list(marks), "recipe": asdict(recipe), "tokens": len(tokens)}
     identity = json.loads(json.dumps(identity))  # as it reads back
     torch.manual_seed(recipe.seed)
-    model = OpenLMForCausalLM(OpenLMConfig.of(shape, max_tokens=recipe.sequence))
+    model = OpenLMForCausalLM(OpenLMConfig.of(shape, qk_norm=recipe.qk_norm, max_tokens=recipe.sequence))
     model.to(device)  # type: ignore[arg-type]
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     if distributed.is_initialized():
         mesh = init_device_mesh(torch.device(device).type, (distributed.get_world_size(),))
         for part in (*model.layers, model):
@@ -213,7 +184,7 @@ def train(
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     state = _State(model, _optimizer(model, recipe))
-    _resume(folder, identity, state, progress)
+    _resume(folder, identity, state)
     forward: Any = torch.compile(model) if recipe.compile else model
     start_s, saved_s = time.monotonic() - state.seconds, time.monotonic()
     while state.phase < len(plan):
@@ -232,8 +203,7 @@ def train(
             state.rows.append(_row(shape, state, phase.mark, recipe, held_out, device))
             weights = get_model_state_dict(model, options=_WHOLE)
             if _is_first():
-                with files.writing(folder, SafetensorError):
-                    model.save_pretrained(folder / f"model-{phase.mark}", state_dict=weights)
+                _publish(folder, phase.mark, state, weights, recipe)
             assert state.trunk is not None
             state.put(state.trunk)
             state.losses, state.step, state.trunk = state.trunk_losses, phase.start, None
@@ -252,7 +222,11 @@ def _optimizer(model: OpenLMForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
     share = recipe.base_width / model.config.hidden_size if recipe.base_width else 1.0
     groups = [{"params": matrices, "share": share}, {"params": others, "share": 1.0}]
     return torch.optim.AdamW(
-        groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay
+        groups,
+        lr=recipe.learning_rate,
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.epsilon,
+        weight_decay=recipe.weight_decay,
     )
 
 
@@ -315,6 +289,7 @@ def _row(shape: Shape, state: _State, mark: int, recipe: Recipe, held_out: Mappi
     sizes = {name: len(tokens) for name, tokens in held_out.items()}
     loss = sum(by_source[name] * sizes[name] for name in sizes) / sum(sizes.values())
     return {
+        "name": f"{shape.n_layers}x{shape.d_model}-seed{recipe.seed}",
         "shape": str(shape),
         "n_params": shape.n_params("non_embedding"),
         "n_count": "non_embedding",
@@ -327,8 +302,23 @@ def _row(shape: Shape, state: _State, mark: int, recipe: Recipe, held_out: Mappi
         **{f"loss_{name}": value for name, value in by_source.items()},
         "steps": state.step,
         "seconds": round(state.seconds, 1),
-        **{name: value for name, value in asdict(recipe).items() if name not in ("betas", "compile")},
+        "log": f"losses-{mark}.csv",
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        **{name: value for name, value in asdict(recipe).items() if name != "compile"},
     }
+
+
+def _publish(folder: Path, mark: int, state: _State, weights: Any, recipe: Recipe) -> None:
+    """What others read of a mark: the model, the losses, the table of rows; written again where a kill came in between."""
+    with files.writing(folder, SafetensorError):
+        state.model.save_pretrained(folder / f"model-{mark}", state_dict=weights)
+    losses = pd.DataFrame({"tokens": recipe.step_tokens * np.arange(1, state.step + 1), "loss": state.losses})
+    rows = pd.DataFrame(state.rows)
+    for name, table in ((f"losses-{mark}.csv", losses), ("rows.csv", rows)):
+        with files.replacing(folder / name) as partial:
+            table.to_csv(partial, index=False)
 
 
 def _told(state: _State, plan: Sequence[Phase], recipe: Recipe) -> str:
@@ -372,7 +362,7 @@ def _is_first() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-def _resume(folder: Path, identity: Mapping[str, Any], state: _State, progress: Callable[[str], None]) -> None:
+def _resume(folder: Path, identity: Mapping[str, Any], state: _State) -> None:
     """Put the newest whole checkpoint of the folder into ``state``, if there is one."""
     for path in reversed(_checkpoints(folder)):
         try:
@@ -382,7 +372,7 @@ def _resume(folder: Path, identity: Mapping[str, Any], state: _State, progress: 
                 raise ValueError("its checksum differs")
             tensors = load_file(tensors_path)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            progress(f"{path}: is damaged ({error}); going back to the checkpoint before it")
+            logging.getLogger(__name__).warning("%s: is damaged (%s); going back to the checkpoint before it", path, error)
             continue
         if told["identity"] != identity:
             other = next(key for key in identity if told["identity"].get(key) != identity[key])

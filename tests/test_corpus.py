@@ -324,7 +324,7 @@ DAMAGES = {
     "a changed byte": (lambda folder: changed(folder / "train.npy"), "train.npy: its SHA-256 is .*; build it anew"),
     "a cut file": (lambda folder: (folder / "train.npy").write_bytes(b""), "SHA-256"),
     "a missing file": (lambda folder: (folder / "train.npy").unlink(), "No such file"),
-    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "is no corpus of this version"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "holds no corpus"),
     "another manifest": (lambda folder: (folder / "manifest.json").write_text("[1]"), "is no corpus of this version"),
     "no JSON": (lambda folder: (folder / "manifest.json").write_bytes(b"\xff{"), "is no corpus of this version"),
 }

@@ -10,14 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from morphlib.errors import InputError  # noqa: E402
 from morphlib.model import (  # noqa: E402
-    NORMS,
     OpenLMConfig,
     OpenLMForCausalLM,
     config_of_open_lm,
     read_open_lm,
     write_open_lm,
 )
-from morphlib.shapes import Shape, paper_shapes  # noqa: E402
+from morphlib.shapes import OPEN_LM_NORMS, Shape, paper_shapes  # noqa: E402
 
 SHAPES = [
     Shape.of(64, 3, n_heads=4, vocab=101),
@@ -96,7 +95,7 @@ def test_logits_are_open_lms_own(tmp_path):
     from open_lm.norms import get_norm_class
 
     ids = tokens(SHAPES[0], 33)
-    for name, norm in NORMS.items():
+    for name, norm in OPEN_LM_NORMS.items():
         for qk_norm in (False, True):
             theirs = open_lm.Transformer(
                 open_lm.Params(

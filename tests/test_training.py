@@ -17,12 +17,11 @@ from conftest import ROOT  # noqa: E402
 from morphlib import runs  # noqa: E402
 from morphlib.errors import InputError  # noqa: E402
 from morphlib.model import OpenLMConfig, OpenLMForCausalLM  # noqa: E402
+from morphlib.recipes import Recipe  # noqa: E402
 from morphlib.shapes import Shape  # noqa: E402
 from morphlib.training import (  # noqa: E402
     COOLDOWN_SHARE,
-    FINAL_SHARE,
     Phase,
-    Recipe,
     held_out_loss,
     learning_rate,
     phases,
@@ -167,15 +166,14 @@ torch.distributed.destroy_process_group()
         assert torch.allclose(weight, weights(tmp_path / "one", MARKS[1])[name], atol=1e-4)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, text):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, text, caplog):
     whole = run(tmp_path / "whole", text)
     with pytest.raises(Stop):
         run(tmp_path / "broken", text, save_every_s=0.0, progress=lambda line: _stop_at(line, 30))
     newest = max(tmp_path.glob("broken/checkpoint-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
     newest.write_bytes(newest.read_bytes()[:-7] + b"damaged")
-    lines = []
-    assert without_times(run(tmp_path / "broken", text, progress=lines.append)) == without_times(whole)
-    assert "is damaged (its checksum differs); going back to the checkpoint before it" in lines[0]
+    assert without_times(run(tmp_path / "broken", text)) == without_times(whole)
+    assert "is damaged (its checksum differs); going back to the checkpoint before it" in caplog.text
     assert len(list(tmp_path.glob("broken/checkpoint-*.json"))) == 2
     assert not list(tmp_path.glob("broken/*.partial"))
 
@@ -218,9 +216,8 @@ def test_learning_rates():
     rates = [learning_rate(cosine, end, step) for step in range(110)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert rates[9] == max(rates) == pytest.approx(1.0)
-    assert rates[59] == pytest.approx((1 + FINAL_SHARE) / 2)
-    assert rates[-1] == pytest.approx(FINAL_SHARE)
-    assert (np.diff(rates[9:]) < 0).all()
+    # open_lm's cosine_lr: from step 10 on, which has the peak as well, to what would be step 110
+    assert rates[10:] == pytest.approx(0.01 + 0.99 * (1 + np.cos(np.pi * np.arange(100) / 100)) / 2)
     trunk = Recipe(schedule="trunk", warmup_steps=10, learning_rate=1.0)
     assert learning_rate(trunk, Phase(0, 80, None), 79) == 1.0
     assert [learning_rate(trunk, Phase(80, 100, 1), step) for step in (80, 90, 99)] == pytest.approx([1.0, 0.5, 0.05])
@@ -292,5 +289,5 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, text, monkeypatch):
 def test_checkpoints_hold_no_code(tmp_path, text):
     run(tmp_path, text, marks=MARKS[:1])
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert kinds == {".json", ".safetensors"}
+    assert kinds == {".json", ".safetensors", ".csv"}
     assert all(json.loads(path.read_text()) for path in tmp_path.rglob("*.json"))

@@ -1,0 +1,181 @@
+"""Recipes: how a model is trained, as data with sources, and the files with which open_lm trains one.
+
+``data/recipes.csv`` has every hyper-parameter of the paper's runs (``paper``), of its largest one (``morph-1b``), and of the
+runs that a CPU can carry (``laptop``).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from morphlib import files
+from morphlib.errors import InputError
+from morphlib.shapes import OPEN_LM_NORMS, Shape
+
+Schedule = Literal["cosine", "trunk"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a model is trained. The defaults that have no size in them are the paper's (``data/recipes.csv``).
+
+    A step reads ``batch`` sequences of ``sequence`` tokens, in ``accumulate`` parts. ``learning_rate`` is the peak, which a
+    cosine lowers to ``final_share`` of it; with ``base_width`` that of matrices is multiplied by base_width / width (muP for
+    Adam: Yang et al., arXiv 2203.03466, table 3), that of the embedding and of norms is not. ``z_loss`` multiplies the mean of
+    logsumexp^2. ``dtype`` is fp32, or bf16 for autocast. Raises ``InputError`` for a number that cannot be.
+    """
+
+    learning_rate: float = 3e-3
+    final_share: float = 0.01
+    warmup_steps: int = 2000
+    schedule: Schedule = "cosine"
+    batch: int = 512
+    sequence: int = 2048
+    accumulate: int = 1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.033
+    clip: float = 1.0
+    z_loss: float = 1e-4
+    base_width: int | None = None
+    qk_norm: bool = False
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            raise InputError(f"schedule is {self.schedule!r}; choose one of {', '.join(get_args(Schedule))}")
+        for name in ("learning_rate", "batch", "sequence", "accumulate", "epsilon", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; give a number above zero")
+        if self.batch % self.accumulate:
+            raise InputError(f"a batch of {self.batch} cannot be taken in {self.accumulate} equal parts; choose a divisor")
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch * self.sequence
+
+    @classmethod
+    def of(cls, quantities: Mapping[str, Any]) -> Recipe:
+        """The recipe that has these `quantities`; those of another kind, such as GPUs, are passed over."""
+        return cls(**{field.name: quantities[field.name] for field in fields(cls) if field.name in quantities})
+
+
+def quantities(name: str) -> dict[str, Any]:
+    """What ``data/recipes.csv`` says of a recipe: the fields of `Recipe`, the ``norm`` (`morphlib.shapes.Norm`), and some more.
+
+    Those are ``shape``, ``tokens``, ``chunks`` and ``gpus``, where the recipe names them. Raises ``InputError`` for an unknown
+    name.
+    """
+    with resources.files("morphlib").joinpath("data/recipes.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {row["quantity"]: _value(row["value"]) for row in rows if row["recipe"] == name}
+    if not found:
+        raise InputError(f"{name!r} is not a recipe; choose one of {', '.join(dict.fromkeys(row['recipe'] for row in rows))}")
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+_PREPARE = """\
+#!/bin/sh
+# Tokenizes DCLM-Baseline 1.0 (https://huggingface.co/datasets/mlfoundations/dclm-baseline-1.0, CC BY 4.0) into shuffled shards.
+# Usage: sh prepare_data.sh FOLDER_WITH_DCLM. Give it at least {tokens:,} tokens, since no text is read twice.
+set -eu
+python -m open_lm.datapreprocess.ray.tokenize_shuffle --input "$1" --output shards --content_key text \\
+  --tokenizer EleutherAI/gpt-neox-20b --seqlen {sequence} --wds_chunk_size 8192 --seed 42
+"""
+_TRAIN = """\
+#!/bin/sh
+# {shape}: {steps:,} steps of {step_tokens:,} tokens are {tokens:,} tokens. Usage, after prepare_data.sh: sh train.sh
+# It needs open_lm: pip install "open_lm @ git+https://github.com/mlfoundations/open_lm@9bb92ef1689333534b7057942a20d18a46d1fa52"
+set -eu
+torchrun --nproc-per-node {gpus} -m open_lm.main \\
+  {options}
+"""
+
+
+def write_open_lm_launch(folder: Path, shape: Shape, tokens: int, recipe: Recipe, *, chunks: int, gpus: int) -> dict[str, Any]:
+    """Write what open_lm needs to train ``shape`` on ``tokens`` tokens: ``model.json``, ``train.sh`` and ``prepare_data.sh``.
+
+    The run is ``chunks`` chunks of fresh text, between which open_lm saves. Returns the shape, the paper's N, tokens, steps and
+    files. Raises ``InputError`` for what open_lm cannot train so: a shape that its configuration cannot say, or tokens that
+    are not whole steps in each chunk; and where the folder cannot be written.
+    """
+    default = Shape.of(
+        shape.d_model, shape.n_layers, n_heads=shape.n_heads, vocab=shape.vocab, tied=shape.tied, norm=shape.norm
+    )
+    if shape != default:
+        raise InputError(f"{shape}: open_lm has no key-value heads and its own width of the feed-forward layer; give {default}")
+    if recipe.schedule != "cosine" or recipe.base_width:
+        raise InputError("open_lm lowers the learning rate along a cosine and for all widths alike; leave the others out")
+    per_chunk, left = divmod(tokens, chunks * recipe.step_tokens)
+    if left or not per_chunk:
+        whole = max(1, round(tokens / (chunks * recipe.step_tokens))) * chunks * recipe.step_tokens
+        raise InputError(
+            f"{tokens} tokens are not whole steps of {recipe.step_tokens} in each of {chunks} chunks; give {whole}"
+        )
+    model = {
+        "hidden_dim": shape.d_model,
+        "n_layers": shape.n_layers,
+        "n_heads": shape.n_heads,
+        "seq_len": recipe.sequence,
+        "vocab_size": shape.vocab,
+        "post_embed_norm": False,
+        "weight_tying": shape.tied,
+        "model_norm": next(theirs for theirs, ours in OPEN_LM_NORMS.items() if ours == shape.norm),
+        "qk_norm": recipe.qk_norm,
+    }
+    options = {
+        "model": "model.json",
+        "dataset-manifest": "shards/manifest.jsonl",
+        "data-key": "json.gz",
+        "train-num-samples": tokens // chunks,
+        "epochs": chunks,
+        "global-batch-size": recipe.batch,
+        "accum-freq": recipe.accumulate,
+        "lr": recipe.learning_rate,
+        "lr-cooldown-end": f"{recipe.learning_rate * recipe.final_share:.6g}",
+        "warmup": recipe.warmup_steps,
+        "beta1": recipe.beta1,
+        "beta2": recipe.beta2,
+        "eps": recipe.epsilon,
+        "wd": recipe.weight_decay,
+        "grad-clip-norm": recipe.clip,
+        "z-loss-coefficient": recipe.z_loss,
+        "precision": "amp_bfloat16" if recipe.dtype == "bf16" else "fp32",
+        "seed": recipe.seed,
+        "workers": 2,
+        "logs": "logs",
+        "name": folder.resolve().name,
+        "resume": "latest",
+    }
+    flags = ["--fsdp", *(["--grad-checkpointing"] if recipe.gradient_checkpointing else [])]
+    lines = [*(f"--{option} {value}" for option, value in options.items()), *flags]
+    numbers = {"tokens": tokens, "steps": per_chunk * chunks, "step_tokens": recipe.step_tokens}
+    texts = {
+        "model.json": json.dumps(model, indent=2) + "\n",
+        "prepare_data.sh": _PREPARE.format(tokens=tokens, sequence=recipe.sequence),
+        "train.sh": _TRAIN.format(shape=shape, gpus=gpus, options=" \\\n  ".join(lines), **numbers),
+    }
+    for name, text in texts.items():
+        with files.replacing(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+    paths = [str(folder / name) for name in texts]
+    counted = replace(shape, norm="gain_only_layer_norm")  # as the paper counts, whatever the norm
+    return {"shape": str(shape), "n_params": counted.n_params("total"), **numbers, "gpus": gpus, "files": paths}

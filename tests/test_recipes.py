@@ -1,0 +1,107 @@
+"""Recipes: the table is complete, and what is written for open_lm trains the published run."""
+
+import csv
+import json
+import shlex
+from dataclasses import fields, replace
+
+import pytest
+
+from conftest import ROOT
+from morphlib import recipes
+from morphlib.errors import InputError
+from morphlib.recipes import Recipe, quantities, write_open_lm_launch
+from morphlib.shapes import Shape, paper_shapes
+
+MORPH_1B = quantities("morph-1b")
+
+
+def launch(folder, shape=None, tokens=MORPH_1B["tokens"], recipe=None, chunks=16, gpus=4):
+    shape = shape or replace(Shape.parse(MORPH_1B["shape"]), norm=MORPH_1B["norm"])
+    return write_open_lm_launch(folder, shape, tokens, recipe or Recipe.of(MORPH_1B), chunks=chunks, gpus=gpus)
+
+
+def options(folder):
+    words = shlex.split((folder / "train.sh").read_text().partition("open_lm.main")[2].replace("\\\n", " "))
+    return {name.removeprefix("--"): value for name, value in zip(words, [*words[1:], ""], strict=True) if name[:2] == "--"}
+
+
+def test_the_table_has_every_hyper_parameter_of_the_paper_with_its_source():
+    with (ROOT / "morphlib/data/recipes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["source"] and row["value"] for row in rows)
+    keys = [(row["recipe"], row["quantity"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    ours = {"accumulate", "base_width", "compile", "seed"}  # which the paper's scripts do not set
+    beside = {"norm", "shape", "tokens", "chunks", "gpus"}
+    for name in ("paper", "morph-1b"):
+        assert {field.name for field in fields(Recipe)} - ours <= set(quantities(name))
+    assert {quantity for _, quantity in keys} <= {field.name for field in fields(Recipe)} | beside
+
+
+def test_the_defaults_of_a_recipe_are_the_papers():
+    assert Recipe.of(quantities("paper")) == Recipe(dtype="bf16", gradient_checkpointing=True)
+
+
+def test_an_unknown_recipe_names_the_known_ones():
+    with pytest.raises(InputError, match="'paper2' is not a recipe; choose one of laptop, paper, morph-1b"):
+        quantities("paper2")
+
+
+def test_morph_1b_comes_out_as_published(tmp_path):
+    """Shape, N, tokens and steps: paper, section 4 and its model card, and the names of the authors' checkpoints."""
+    written = launch(tmp_path / "morph-1b")
+    assert written["shape"] == "12x3072/16h/16kv/8192ff/50432v"
+    assert written["n_params"] == 1_668_885_504
+    assert (written["tokens"], written["steps"], written["step_tokens"]) == (28_991_029_248, 55_296, 524_288)
+    told = options(tmp_path / "morph-1b")
+    assert int(told["train-num-samples"]) * int(told["epochs"]) == 28_991_029_248
+    assert float(told["lr-cooldown-end"]) == 3e-5
+    assert (tmp_path / "morph-1b/train.sh").read_text().count("torchrun --nproc-per-node 4 ") == 1
+
+
+def test_open_lm_reads_what_is_written(tmp_path):
+    """With open_lm's own parser and model, where open_lm is installed."""
+    params = pytest.importorskip("open_lm.params")
+    model = pytest.importorskip("open_lm.model")
+    torch = pytest.importorskip("torch")
+    launch(tmp_path)
+    words = (tmp_path / "train.sh").read_text().partition("open_lm.main")[2].replace("\\\n", " ")
+    told = params.parse_args(shlex.split(words.replace("model.json", str(tmp_path / "model.json"))))
+    recipe = Recipe.of(MORPH_1B)
+    assert (told.lr, told.warmup, told.wd, told.beta1, told.beta2, told.eps, told.grad_clip_norm, told.z_loss_coefficient) == (
+        recipe.learning_rate, recipe.warmup_steps, recipe.weight_decay, recipe.beta1, recipe.beta2, recipe.epsilon,
+        recipe.clip, recipe.z_loss)  # fmt: skip
+    assert (told.train_num_samples // 2048 * told.epochs) // told.global_batch_size == 55_296
+    with torch.device("meta"):
+        built = model.create_model(told)
+    with_biases = replace(Shape.parse("1b_v8"), norm="layer_norm")
+    assert sum(weight.numel() for weight in built.parameters()) == with_biases.n_params("total")
+
+
+@pytest.mark.parametrize("name", paper_shapes())
+def test_every_shape_of_the_paper_can_be_launched_and_read_back(tmp_path, name):
+    model = pytest.importorskip("morphlib.model")
+    shape = replace(paper_shapes()[name], norm="layer_norm")
+    launch(tmp_path, shape, tokens=2**20 * 1536, recipe=Recipe.of(quantities("paper")), chunks=1, gpus=2)
+    assert model.config_of_open_lm(tmp_path / "model.json").shape == shape
+    assert json.loads((tmp_path / "model.json").read_text())["model_norm"] == "default_layer_norm"
+
+
+def test_what_open_lm_cannot_do_is_refused_and_nothing_written(tmp_path):
+    faults = [
+        ({"shape": Shape.parse("4x64/ff=8d/3")}, "its own width of the feed-forward layer; give 4x64/1h/1kv/256ff"),
+        ({"shape": Shape.parse("4x256/4h/2kv")}, "no key-value heads"),
+        ({"tokens": 10**9}, "give 998244352"),
+        ({"tokens": 5}, "give 8388608"),
+        ({"recipe": Recipe(schedule="trunk")}, "along a cosine"),
+        ({"recipe": Recipe(base_width=64)}, "for all widths alike"),
+    ]
+    for given, message in faults:
+        with pytest.raises(InputError, match=message):
+            launch(tmp_path / "none", **given)
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        launch(tmp_path / "file")
+    assert recipes.quantities("morph-1b") == MORPH_1B
