@@ -22,6 +22,9 @@ from morphlib.shapes import Shape  # noqa: E402
 from morphlib.training import (  # noqa: E402
     COOLDOWN_SHARE,
     Phase,
+    _optimizer,
+    _State,
+    _step,
     held_out_loss,
     learning_rate,
     phases,
@@ -231,9 +234,32 @@ def test_parts_of_a_batch_make_the_same_step(tmp_path, text):
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-4)
 
 
-def test_the_rate_of_matrices_follows_the_width():
-    from morphlib.training import _optimizer
+def test_with_a_base_width_three_steps_move_the_hidden_states_of_wide_models_as_far():
+    """The coordinate check of muP (arXiv 2203.03466, appendix D.1): the move of the hidden states, as a power of the width.
 
+    In theory the power is 0 with the rate scaled and 1/2 or more without it; 1/4 lies between.
+    """
+
+    def move(width, base_width):
+        recipe = Recipe(
+            **{**_fields(SMALL), "sequence": 32, "warmup_steps": 0, "learning_rate": 3e-3, "base_width": base_width}
+        )
+        torch.manual_seed(0)
+        model = OpenLMForCausalLM(OpenLMConfig.of(Shape.of(width, 2, n_heads=width // 16, vocab=64, d_ff=2 * width)))
+        state, batch = _State(model, _optimizer(model, recipe)), torch.arange(4 * 33).reshape(4, 33) * 37 % 64
+        seen = []
+        model.layers[-1].register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+        model(batch[:, :-1])
+        for _ in range(3):
+            _step(model, state, recipe, Phase(0, 100, None), batch, "cpu")
+        model(batch[:, :-1])
+        return ((seen[-1] - seen[0]).norm() / seen[0].norm()).item()
+
+    powers = [math.log(move(256, base) / move(64, base)) / math.log(256 / 64) for base in (None, 64)]
+    assert powers[1] < 1 / 4 < powers[0]
+
+
+def test_the_rate_of_matrices_follows_the_width():
     model = OpenLMForCausalLM(OpenLMConfig.of(Shape.of(64, 2, n_heads=4, vocab=50)))
     groups = _optimizer(model, Recipe(base_width=16)).param_groups
     assert [group["share"] for group in groups] == [0.25, 1.0]
