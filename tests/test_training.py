@@ -3,6 +3,7 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -88,14 +89,10 @@ def test_it_learns_and_tells_each_mark(tmp_path, text):
 
 def test_the_same_call_gives_the_same_bits_and_another_seed_others(tmp_path, text):
     rows = [run(tmp_path / name, text, recipe=recipe) for name, recipe in
-            (("a", SMALL), ("b", SMALL), ("c", Recipe(**{**_fields(SMALL), "seed": 1})))]  # fmt: skip
+            (("a", SMALL), ("b", SMALL), ("c", replace(SMALL, seed=1)))]  # fmt: skip
     assert without_times(rows[0]) == without_times(rows[1]) != without_times(rows[2])
     for name, weight in weights(tmp_path / "a", MARKS[1]).items():
         assert torch.equal(weight, weights(tmp_path / "b", MARKS[1])[name])
-
-
-def _fields(recipe):
-    return {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
 
 
 class Stop(Exception):
@@ -227,10 +224,7 @@ def test_learning_rates():
 
 
 def test_parts_of_a_batch_make_the_same_step(tmp_path, text):
-    rows = [
-        run(tmp_path / str(parts), text, marks=MARKS[:1], recipe=Recipe(**{**_fields(SMALL), "accumulate": parts}))[0]
-        for parts in (1, 4)
-    ]
+    rows = [run(tmp_path / str(parts), text, marks=MARKS[:1], recipe=replace(SMALL, accumulate=parts))[0] for parts in (1, 4)]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-4)
 
 
@@ -241,9 +235,7 @@ def test_with_a_base_width_three_steps_move_the_hidden_states_of_wide_models_as_
     """
 
     def move(width, base_width):
-        recipe = Recipe(
-            **{**_fields(SMALL), "sequence": 32, "warmup_steps": 0, "learning_rate": 3e-3, "base_width": base_width}
-        )
+        recipe = replace(SMALL, sequence=32, warmup_steps=0, learning_rate=3e-3, base_width=base_width)
         torch.manual_seed(0)
         model = OpenLMForCausalLM(OpenLMConfig.of(Shape.of(width, 2, n_heads=width // 16, vocab=64, d_ff=2 * width)))
         state, batch = _State(model, _optimizer(model, recipe)), torch.arange(4 * 33).reshape(4, 33) * 37 % 64
@@ -282,12 +274,12 @@ def test_what_cannot_be_trained_says_so(tmp_path, text, monkeypatch):
     with pytest.raises(InputError, match="less than a sequence"):
         held_out_loss(OpenLMForCausalLM(OpenLMConfig.of(SHAPE)), text[:10], 16)
     with pytest.raises(InputError, match="lower the learning rate"):
-        run(tmp_path / "nan", text, recipe=Recipe(**{**_fields(SMALL), "learning_rate": 1e30, "clip": 1e30}))
+        run(tmp_path / "nan", text, recipe=replace(SMALL, learning_rate=1e30, clip=1e30))
     with pytest.raises(InputError, match="cannot be taken in 3 equal parts"):
         Recipe(batch=4, accumulate=3)
     run(tmp_path / "held", text, marks=MARKS[:1])
     with pytest.raises(InputError, match="holds a run of another recipe"):
-        run(tmp_path / "held", text, marks=MARKS[:1], recipe=Recipe(**{**_fields(SMALL), "seed": 5}))
+        run(tmp_path / "held", text, marks=MARKS[:1], recipe=replace(SMALL, seed=5))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         run(tmp_path / "file" / "folder", text)
