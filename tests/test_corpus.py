@@ -533,3 +533,18 @@ def test_dclm_is_read_no_further_than_asked(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert build(tmp_path, ["dclm"], limit_bytes=100)["sizes"]["train"]["tokens"] == 110
     assert len(read) == 11
+
+
+def test_the_book_lists_every_source_with_its_licence_size_and_hash():
+    page = (ROOT / "book" / "train_your_own.md").read_text(encoding="utf-8")
+    rows = [re.split(r" \| ", line.strip("| ")) for line in page.splitlines() if line.startswith("| `")]
+    licences = {cells[0].strip("`"): cells[2] for cells in rows if len(cells) == 3}
+    wheels = {cells[0].strip("`"): cells[1:] for cells in rows if len(cells) == 5}
+    for name, source in corpus.sources().items():
+        assert licences[name] == source["licence"]
+        if source["wheel"]:
+            package, mb, documents, sha256 = wheels[name]
+            assert package == f"{source['package']} {source['version']}"
+            assert source["sha256"].startswith(sha256.strip("`")) and len(sha256) > 12
+        if source["bytes"]:
+            assert (mb, documents) == (f"{int(source['bytes']) / 1e6:.1f}", f"{int(source['documents']):,}")
