@@ -14,9 +14,9 @@ Source: ``open_lm/model.py``, ``norms.py`` and ``positional_embedding/rotary.py`
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from morphlib import files
 from morphlib.errors import InputError
-from morphlib.shapes import OPEN_LM_NORMS, TRANSFORMERS_NAMES, Shape
+from morphlib.shapes import OPEN_LM_NORMS, TRANSFORMERS_NAMES, Shape, open_lm_configuration
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")  # of FSDP, of torch.compile, of DDP
 
@@ -249,19 +249,15 @@ def config_of_open_lm(path: Path, model_norm: str | None = None) -> OpenLMConfig
     this model does not have.
     """
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = open_lm_configuration(path)
         name = given.get("model_norm", model_norm or "default_layer_norm")
-        if name not in OPEN_LM_NORMS:
-            raise ValueError(f"model_norm is {name!r}; this model has {', '.join(OPEN_LM_NORMS)}")
-        positions, feed_forward = given.get("positional_embedding_type", "rotary"), given.get("ffn_type", "swiglu")
-        if positions != "rotary" or feed_forward not in ("swiglu", "swiglu_torch") or given.get("post_embed_norm"):
-            raise ValueError("only rotary positions and swiglu are read, without a norm after the embedding")
-        sizes = {"n_heads": int(given["n_heads"]), "vocab": given["vocab_size"], "tied": given.get("weight_tying", False)}
-        shape = Shape.of(given["hidden_dim"], given["n_layers"], **sizes, norm=OPEN_LM_NORMS[name])
-        return OpenLMConfig.of(shape, qk_norm=given.get("qk_norm", False), max_tokens=given.get("seq_len", 2048))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{path}: {' '.join(what.split())}; give an Open-LM model configuration") from None
+        if name not in OPEN_LM_NORMS or given["positional_embedding_type"] != "rotary":
+            norms = ", ".join(OPEN_LM_NORMS)
+            raise ValueError(f"{path}: has the norm {name!r} or other positions; this model has rotary ones and {norms}")
+        shape = replace(given["shape"], norm=OPEN_LM_NORMS[name])
+        return OpenLMConfig.of(shape, qk_norm=given["qk_norm"], max_tokens=given["seq_len"])
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def read_open_lm(checkpoint: Path, config: OpenLMConfig) -> OpenLMForCausalLM:

@@ -246,7 +246,7 @@ class Shape(_Counted[int]):
         Raises ``ValueError`` with what to write instead.
         """
         if text.endswith(".json"):
-            return cls.from_open_lm(Path(text))
+            return _of_open_lm(Path(text))
         named = paper_shapes()
         for name in (text, f"scale_open_lm_{text.lower()}"):
             if name in named:
@@ -271,46 +271,6 @@ class Shape(_Counted[int]):
         except ValueError as error:
             raise ValueError(f"{text!r} is not a shape: {error}") from None
 
-    @classmethod
-    def from_open_lm(cls, path: Path) -> Shape:
-        """A shape from an Open-LM model configuration (JSON), as in its ``model_configs`` folder.
-
-        Norms are counted as gain-only, as the paper's N does, whatever ``model_norm`` says.
-        Raises ``ValueError`` for a file that cannot be read, lacks a field, or describes another
-        architecture than this class counts.
-        """
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            shape = cls.of(
-                config["hidden_dim"],
-                config["n_layers"],
-                n_heads=config["n_heads"],
-                vocab=config["vocab_size"],
-                tied=bool(config.get("weight_tying", False)),
-            )
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}); give an Open-LM model configuration") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {error.lineno} is not JSON; give an Open-LM model configuration") from None
-        except KeyError as error:
-            raise ValueError(f"{path}: the field {error} is missing; an Open-LM model configuration has it") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: is not text; give an Open-LM model configuration") from None
-        except (TypeError, AttributeError):
-            raise ValueError(f"{path}: not an Open-LM model configuration; its sizes must be whole numbers") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        if not isinstance(config.get("weight_tying", False), bool):
-            raise ValueError(f"{path}: weight_tying must be true or false")
-        other = [name for name in ("post_embed_norm", "qk_norm") if config.get(name)]
-        if config.get("ffn_type", "swiglu") not in ("swiglu", "swiglu_torch"):
-            other.append("ffn_type")
-        if config.get("positional_embedding_type", "rotary") not in ("rotary", "head_rotary"):
-            other.append("positional_embedding_type")
-        if other:
-            raise ValueError(f"{path}: {', '.join(other)} asks for weights that are not counted; remove the option")
-        return shape
-
     def __str__(self) -> str:
         tied = "/tied" if self.tied else ""
         return f"{self.n_layers}x{self.d_model}/{self.n_heads}h/{self.n_kv_heads}kv/{self.d_ff}ff/{self.vocab}v{tied}"
@@ -325,6 +285,37 @@ class Shape(_Counted[int]):
         if self.n_kv_heads == self.n_heads:
             return "MHA"
         return "MQA" if self.n_kv_heads == 1 else "GQA"
+
+
+def open_lm_configuration(path: Path) -> dict[str, Any]:
+    """An Open-LM model configuration (JSON), as in its ``model_configs`` folder, with its defaults and the ``shape`` it makes.
+
+    The shape's norms are gain-only, as the paper's N counts them, whatever ``model_norm`` says. Raises ``ValueError`` for a
+    file that cannot be read, lacks a field, or describes weights that are not counted here.
+    """
+    defaults = {"weight_tying": False, "post_embed_norm": False, "qk_norm": False, "seq_len": 2048}
+    try:
+        given = defaults | {"ffn_type": "swiglu", "positional_embedding_type": "rotary"} | json.loads(path.read_text("utf-8"))
+        positions, feed_forward, tied = (given[name] for name in ("positional_embedding_type", "ffn_type", "weight_tying"))
+        if positions not in ("rotary", "head_rotary") or not feed_forward.startswith("swiglu") or given["post_embed_norm"]:
+            raise ValueError("only rotary positions and swiglu are read, without a norm after the embedding")
+        if not isinstance(tied, bool):
+            raise ValueError("weight_tying must be true or false")
+        heads, vocab = int(given["n_heads"]), given["vocab_size"]
+        return given | {"shape": Shape.of(given["hidden_dim"], given["n_layers"], n_heads=heads, vocab=vocab, tied=tied)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = {KeyError: f"the field {error} is missing", FileNotFoundError: "cannot be read, there is no such file"}
+        raise ValueError(
+            f"{path}: {' '.join(told.get(type(error), str(error)).split())}; give an Open-LM model configuration"
+        ) from None
+
+
+def _of_open_lm(path: Path) -> Shape:
+    given = open_lm_configuration(path)
+    if given["qk_norm"]:
+        raise ValueError(f"{path}: qk_norm asks for weights that are not counted; remove the option")
+    shape: Shape = given["shape"]
+    return shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -280,8 +280,8 @@ def test_configurations_of_open_lm(tmp_path):
     path.write_text(json.dumps(given))
     assert config_of_open_lm(path).norm == "layer_norm" and config_of_open_lm(path, "rms_norm").norm == "rms_norm"
     for wrong, message in (
-        ({"model_norm": "batch_norm"}, "model_norm is 'batch_norm'"),
-        ({"positional_embedding_type": "head_rotary"}, "only rotary positions"),
+        ({"model_norm": "batch_norm"}, "the norm 'batch_norm'"),
+        ({"positional_embedding_type": "head_rotary"}, "other positions"),
         ({"ffn_type": "moe"}, "only rotary positions and swiglu"),
         ({"n_heads": 5}, "5 heads do not divide"),
         ({"n_heads": None}, "give an Open-LM model configuration"),
