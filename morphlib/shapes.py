@@ -304,10 +304,9 @@ def open_lm_configuration(path: Path) -> dict[str, Any]:
         heads, vocab = int(given["n_heads"]), given["vocab_size"]
         return given | {"shape": Shape.of(given["hidden_dim"], given["n_layers"], n_heads=heads, vocab=vocab, tied=tied)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        told = {KeyError: f"the field {error} is missing", FileNotFoundError: "cannot be read, there is no such file"}
-        raise ValueError(
-            f"{path}: {' '.join(told.get(type(error), str(error)).split())}; give an Open-LM model configuration"
-        ) from None
+        known = {KeyError: f"the field {error} is missing", FileNotFoundError: "cannot be read, there is no such file"}
+        what = " ".join(known.get(type(error), str(error)).split())
+        raise ValueError(f"{path}: {what}; give an Open-LM model configuration") from None
 
 
 def _of_open_lm(path: Path) -> Shape:
