@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     design.set_defaults(run=_design, show=_show_rows("candidates"))
     _add_select(commands, [of_table, law], columns)
     latency.add_commands(commands, _Parser, _number(1))
-    training_commands.add_commands(commands, _Parser, _number(0), _above_zero)
+    training_commands.add_commands(commands, _Parser, _number, _above_zero)
     return parser
 
 
@@ -554,6 +554,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = parsed.run(parsed)
     except InputError as error:
         print(f"morph {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        needed = f"it needs the package {error.name}; install morphlib with its extra, pip install 'morphlib[models]'"
+        print(f"morph {parsed.command}: {needed}", file=sys.stderr)
         return 2
     try:
         if parsed.json:

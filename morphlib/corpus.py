@@ -46,6 +46,7 @@ from morphlib.shapes import GPT_NEOX_VOCABULARY
 Source = Mapping[str, str]  # a row of text_sources.csv, whose columns morphlib/data/README.md explains
 Progress = Callable[[str], None]
 
+BYTE_VOCABULARY = 257  # the bytes and the end of a document
 NGRAM_WORDS = 13  # as GPT-3 decontaminates (arXiv 2005.14165, appendix C)
 HELD_OUT = 0.02  # share of the documents of each source
 END_OF_TEXT = "<|endoftext|>"  # what byte-pair encodings call the end of a document
@@ -80,6 +81,7 @@ def _staged(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as name:
             yield Path(name)
+            (folder / MANIFEST).unlink(missing_ok=True)  # so that half of the old and half of the new are no corpus
             for path in sorted(Path(name).iterdir(), key=lambda path: path.name == MANIFEST):
                 path.replace(folder / path.name)
 
@@ -228,7 +230,7 @@ class Tokenizer:
     the 256 bytes of UTF-8 and 256 for the end. Text that spells a special token is text all the same.
     """
 
-    vocab: int = 257
+    vocab: int = BYTE_VOCABULARY
     end: int = 256
     bpe: Any = None
 
@@ -309,7 +311,7 @@ def build(
     limit_bytes: float = 1e9,
     progress: Progress = _silent,
 ) -> dict[str, Any]:
-    """Build a corpus in ``folder`` and return its manifest; a corpus that was there is replaced when the new one is complete.
+    """Build a corpus in ``folder`` and return its manifest; one that was there stays until the new one is complete.
 
     ``names`` are sources, by default those that are on; of each at most ``limit_bytes`` of text are read. Documents that
     share 13 words in a row with one of ``evaluations`` are left out. The same settings give the same files, byte for byte.
@@ -318,7 +320,8 @@ def build(
     names = list(dict.fromkeys(names)) or text_sources("1")
     if unknown := [name for name in names if name not in text_sources()]:
         raise InputError(f"{', '.join(unknown)}: no such source of text; choose among {', '.join(text_sources())}")
-    if not re.fullmatch(r"bytes|gpt-neox|bpe:\d{3,6}", tokenizer):
+    size = re.fullmatch(r"bpe:(\d{3,6})", tokenizer)
+    if tokenizer not in ("bytes", "gpt-neox") and (size is None or int(size[1]) <= BYTE_VOCABULARY):
         raise InputError(f"{tokenizer!r} is not a tokenizer; write bytes, gpt-neox, or bpe:4096 for one of 4096 tokens")
     with _staged(folder) as stage:
         read = [document for name in names for document in _read(name, limit_bytes, progress)]
@@ -329,7 +332,8 @@ def build(
         parts = {"train": table[table["fate"] == "train"]}
         parts |= {name: table[(table["fate"] == "held_out") & (table["source"] == name)] for name in names}
         if parts["train"].empty:
-            raise InputError(f"{', '.join(names)}: no text is left to train on; name more sources, English beside API prose")
+            more = "name more sources, English beside API prose, or raise the limit"
+            raise InputError(f"{', '.join(names)}: no text is left to train on; {more}")
         made = Tokenizer.of(tokenizer, parts["train"]["text"], progress=progress)
         if made.bpe is not None:
             (stage / TOKENIZER).write_text(made.bpe.to_str(), encoding="utf-8")

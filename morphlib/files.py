@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,17 +35,50 @@ def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, *errors: type[Exception]) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` at the end; after a failure nothing of it is left.
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Holds a file against other processes, for as long as the context or this process lasts.
 
-    The folder is made where there is none. Raises ``InputError`` as `writing`.
+    Where another process holds it, waits, or with ``busy`` raises an ``InputError`` that says so. Raises it as `writing` too.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise InputError(str(busy)) from None
+        yield
+
+
+def replace_folder(source: Path, destination: Path) -> None:
+    """Move ``source`` to ``destination``, which is never seen half-written."""
+    old = destination.with_name(f"{destination.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if destination.exists():
+        destination.replace(old)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replacing(path: Path, *errors: type[Exception]) -> Iterator[Path]:
+    """A path for a file or a folder, which takes the place of ``path`` at the end; after a failure nothing of it is left.
+
+    The folder above is made where there is none. Raises ``InputError`` as `writing`.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing(path, *errors):
             path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)  # what a kill left
             yield partial
-            partial.replace(path)
+            if partial.is_dir():
+                replace_folder(partial, path)
+            else:
+                partial.replace(path)
     finally:
         with suppress(OSError):
             partial.unlink()
+        shutil.rmtree(partial, ignore_errors=True)

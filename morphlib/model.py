@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils.generic import can_return_tuple
 
 from morphlib import files
 from morphlib.errors import InputError
@@ -199,6 +200,7 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.output = new_embeddings  # type: ignore[assignment]
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -280,7 +282,9 @@ def read_open_lm(checkpoint: Path, config: OpenLMConfig) -> OpenLMForCausalLM:
     model = OpenLMForCausalLM(config)
     own = model.state_dict()
     if config.tie_word_embeddings:
-        weights.setdefault("output.weight", weights.get("tok_embeddings.weight", own["output.weight"]))
+        embedding = weights.get("tok_embeddings.weight", own["output.weight"])
+        if not torch.equal(weights.setdefault("output.weight", embedding), embedding):
+            raise InputError(f"{checkpoint}: has an output head of its own; give the configuration without weight_tying")
     missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     other = [name for name in own if name in weights and own[name].shape != weights[name].shape]
     if missing or unknown or other:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import fcntl
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 import nbformat
 import yaml
 
+from morphlib import files
 from morphlib.errors import InputError
 
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
@@ -152,7 +152,7 @@ def build_book(tree: Path, output: Path) -> None:
         raise InputError(f"the book in {tree} has warnings or errors, shown above; mend the pages they name")
     html = work / "_build" / "html"
     _prune_mathjax(html / "_static" / "mathjax")
-    replace_folder(html, output)
+    files.replace_folder(html, output)
     shutil.rmtree(work)
 
 
@@ -164,29 +164,13 @@ def _prune_mathjax(folder: Path) -> None:
             path.unlink()
 
 
-def replace_folder(source: Path, destination: Path) -> None:
-    """Move ``source`` to ``destination``, which is never seen half-written."""
-    old = destination.with_name(f"{destination.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if destination.exists():
-        destination.replace(old)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    source.replace(destination)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def run_snakemake(arguments: Sequence[str]) -> int:
     """Run Snakemake, one at a time in this folder.
 
     Snakemake's own lock outlives a process that is killed; this one is held by the operating system
     and ends with it.
     """
-    Path("_build").mkdir(exist_ok=True)
-    with Path("_build/lock").open("w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError("another build runs in this folder; wait until it has ended") from None
+    with files.locked(Path("_build/lock"), "another build runs in this folder; wait until it has ended"):
         command = [sys.executable, "-m", "snakemake", "--nolock", "--rerun-incomplete", *arguments]
         # the rules call python: this one, whether or not its environment is activated
         environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -225,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif parsed.command == "publish":
             copied = parsed.output.with_name(f"{parsed.output.name}.partial")
             shutil.copytree(parsed.pages, copied, dirs_exist_ok=True)
-            replace_folder(copied, parsed.output)
+            files.replace_folder(copied, parsed.output)
         else:
             build_book(parsed.tree, parsed.output)
     except InputError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
@@ -20,6 +21,8 @@ from morphlib.errors import InputError
 from morphlib.shapes import OPEN_LM_NORMS, Shape
 
 Schedule = Literal["cosine", "trunk"]
+Precision = Literal["fp32", "bf16"]
+TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +50,25 @@ class Recipe:
     z_loss: float = 1e-4
     base_width: int | None = None
     qk_norm: bool = False
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Precision = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.schedule not in get_args(Schedule):
-            raise InputError(f"schedule is {self.schedule!r}; choose one of {', '.join(get_args(Schedule))}")
-        for name in ("learning_rate", "batch", "sequence", "accumulate", "epsilon", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; give a number above zero")
+        def within(low: float, high: float, *names: str) -> None:
+            for name in names:
+                if not low <= getattr(self, name) <= high:
+                    raise InputError(f"{name} is {getattr(self, name)}; give a number from {low} to {high}")
+
+        within(TINY, math.inf, "learning_rate", "epsilon", "clip")
+        within(1, 2**31, "batch", "sequence", "accumulate", *([] if self.base_width is None else ["base_width"]))
+        within(0, 2**31, "warmup_steps", "seed", "weight_decay", "z_loss")
+        within(0, 1 - TINY, "beta1", "beta2")
+        within(0, 1, "final_share")
+        for name, known in (("schedule", get_args(Schedule)), ("dtype", get_args(Precision))):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
         if self.batch % self.accumulate:
             raise InputError(f"a batch of {self.batch} cannot be taken in {self.accumulate} equal parts; choose a divisor")
 
@@ -74,8 +85,8 @@ class Recipe:
 def quantities(name: str) -> dict[str, Any]:
     """What ``data/recipes.csv`` says of a recipe: the fields of `Recipe`, the ``norm`` (`morphlib.shapes.Norm`), and some more.
 
-    Those are ``shape``, ``tokens``, ``chunks`` and ``gpus``, where the recipe names them. Raises ``InputError`` for an unknown
-    name.
+    Those are ``shape``, ``tokens``, ``chunks``, ``gpus`` and how open_lm prepares the text, where the recipe names them. Raises
+    ``InputError`` for an unknown name.
     """
     with resources.files("morphlib").joinpath("data/recipes.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -98,7 +109,7 @@ _PREPARE = """\
 # Usage: sh prepare_data.sh FOLDER_WITH_DCLM. Give it at least {tokens:,} tokens, since no text is read twice.
 set -eu
 python -m open_lm.datapreprocess.ray.tokenize_shuffle --input "$1" --output shards --content_key text \\
-  --tokenizer EleutherAI/gpt-neox-20b --seqlen {sequence} --wds_chunk_size 8192 --seed 42
+  --tokenizer {tokenizer} --seqlen {sequence} --wds_chunk_size {shard_sequences} --seed {data_seed}
 """
 _TRAIN = """\
 #!/bin/sh
@@ -110,13 +121,15 @@ torchrun --nproc-per-node {gpus} -m open_lm.main \\
 """
 
 
-def write_open_lm_launch(folder: Path, shape: Shape, tokens: int, recipe: Recipe, *, chunks: int, gpus: int) -> dict[str, Any]:
+def write_open_lm_launch(folder: Path, shape: Shape, tokens: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Write what open_lm needs to train ``shape`` on ``tokens`` tokens: ``model.json``, ``train.sh`` and ``prepare_data.sh``.
 
-    The run is ``chunks`` chunks of fresh text, between which open_lm saves. Returns the shape, the paper's N, tokens, steps and
-    files. Raises ``InputError`` for what open_lm cannot train so: a shape that its configuration cannot say, or tokens that
-    are not whole steps in each chunk; and where the folder cannot be written.
+    ``given`` are `quantities`, among them the chunks of fresh text between which open_lm saves. Returns the shape, the paper's
+    N, tokens, steps and files. Raises ``InputError`` for what open_lm cannot train so: a shape that its configuration cannot
+    say, or chunks that are not whole steps and whole shards for each GPU (it reads no part of a shard); and where the folder
+    cannot be written.
     """
+    recipe, chunks, gpus = Recipe.of(given), given.get("chunks", 1), given.get("gpus", 1)
     default = Shape.of(
         shape.d_model, shape.n_layers, n_heads=shape.n_heads, vocab=shape.vocab, tied=shape.tied, norm=shape.norm
     )
@@ -124,12 +137,12 @@ def write_open_lm_launch(folder: Path, shape: Shape, tokens: int, recipe: Recipe
         raise InputError(f"{shape}: open_lm has no key-value heads and its own width of the feed-forward layer; give {default}")
     if recipe.schedule != "cosine" or recipe.base_width:
         raise InputError("open_lm lowers the learning rate along a cosine and for all widths alike; leave the others out")
-    per_chunk, left = divmod(tokens, chunks * recipe.step_tokens)
-    if left or not per_chunk:
-        whole = max(1, round(tokens / (chunks * recipe.step_tokens))) * chunks * recipe.step_tokens
-        raise InputError(
-            f"{tokens} tokens are not whole steps of {recipe.step_tokens} in each of {chunks} chunks; give {whole}"
-        )
+    shards = gpus * given["shard_sequences"] * recipe.sequence
+    unit = chunks * math.lcm(recipe.step_tokens, shards)
+    if tokens % unit:
+        whole = max(1, round(tokens / unit)) * unit
+        told = f"{recipe.step_tokens} tokens and shards of {shards} tokens for {gpus} GPUs, in each of {chunks} chunks"
+        raise InputError(f"{tokens} tokens are not whole steps of {told}; give {whole}")
     model = {
         "hidden_dim": shape.d_model,
         "n_layers": shape.n_layers,
@@ -160,17 +173,17 @@ def write_open_lm_launch(folder: Path, shape: Shape, tokens: int, recipe: Recipe
         "z-loss-coefficient": recipe.z_loss,
         "precision": "amp_bfloat16" if recipe.dtype == "bf16" else "fp32",
         "seed": recipe.seed,
-        "workers": 2,
+        "workers": 1,  # each takes whole shards by itself
         "logs": "logs",
-        "name": folder.resolve().name,
+        "name": shlex.quote(folder.resolve().name),
         "resume": "latest",
     }
     flags = ["--fsdp", *(["--grad-checkpointing"] if recipe.gradient_checkpointing else [])]
     lines = [*(f"--{option} {value}" for option, value in options.items()), *flags]
-    numbers = {"tokens": tokens, "steps": per_chunk * chunks, "step_tokens": recipe.step_tokens}
+    numbers = {"tokens": tokens, "steps": tokens // recipe.step_tokens, "step_tokens": recipe.step_tokens}
     texts = {
         "model.json": json.dumps(model, indent=2) + "\n",
-        "prepare_data.sh": _PREPARE.format(tokens=tokens, sequence=recipe.sequence),
+        "prepare_data.sh": _PREPARE.format(**{**given, "tokens": tokens}),
         "train.sh": _TRAIN.format(shape=shape, gpus=gpus, options=" \\\n  ".join(lines), **numbers),
     }
     for name, text in texts.items():

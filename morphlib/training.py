@@ -9,17 +9,20 @@ from where the branch left it.
 Two losses are reported. ``loss`` is the mean cross-entropy of held-out text in nats per token. ``run_averaged_loss`` is the
 paper's (`morphlib.runs.run_averaged_loss`) of all steps up to the mark, each with its z-loss.
 
-A run that is killed goes on from its last checkpoint and ends with the same bits, on the same machine with as many threads.
-A checkpoint is a file of tensors and a file that names its checksum, the second written when the first is whole; two are kept.
+A run that is killed goes on from its last checkpoint and ends with the same bits, on a CPU of the same machine with as many
+threads (on CUDA nobody has tried). A checkpoint is one file, whose name holds its checksum; two are kept.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -52,7 +55,10 @@ Tokens = np.ndarray[Any, np.dtype[Any]]
 COOLDOWN_SHARE = 0.2  # of a budget, over which a branch lowers the learning rate to zero
 SAVE_EVERY_S = 120.0
 KEPT = 2  # checkpoints
-_WHOLE = StateDictOptions(full_state_dict=True)
+_LOG = logging.getLogger(__name__)
+_TOLD = ("phase", "step", "losses", "seconds", "rows", "trunk_losses")  # of a state, in the header of a checkpoint
+_NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]{64})\.safetensors")
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of sharded weights, in the memory of the first process
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +78,12 @@ def phases(recipe: Recipe, marks: Sequence[int]) -> list[Phase]:
     if not marks or sorted(set(marks)) != list(marks) or marks[0] < 1:
         raise InputError(f"the token budgets are {list(marks)}; give numbers above zero, each larger than the one before")
     ends = [-(-mark // recipe.step_tokens) for mark in marks]
+    if recipe.schedule == "cosine" and len(marks) > 1:
+        raise InputError("a cosine ends at one budget; train each by itself, or take the schedule trunk")
+    if ends[0] <= recipe.warmup_steps:
+        steps = f"{marks[0]} tokens are {ends[0]} steps"
+        raise InputError(f"{steps}, and the warm-up alone has {recipe.warmup_steps}; give more tokens or a shorter warm-up")
     if recipe.schedule == "cosine":
-        if len(marks) > 1:
-            raise InputError("a cosine ends at one budget; train each by itself, or take the schedule trunk")
         return [Phase(0, ends[0], marks[0])]
     found, at = [], 0
     for end, mark in zip(ends, marks, strict=True):
@@ -110,27 +119,32 @@ class _State:
     trunk_losses: list[float] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of the whole weights and of the optimizer's averages; where they are sharded each process must call it."""
+        """Copies of the weights and of the optimizer's averages. Sharded ones are gathered: each process must call it."""
         weights: Any = get_model_state_dict(self.model, options=_WHOLE)
         found: dict[str, Tensor] = {f"model.{name}": value.clone() for name, value in weights.items()}
-        averages: Any = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)["state"]
-        for name, held in averages.items():
-            found |= {f"optimizer.{name}|{key}": value.clone() for key, value in held.items()}
+        if self.optimizer.state:  # without averages torch would make some up, and count a step for it
+            averages: Any = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
+            for name, held in averages.get("state", {}).items():
+                found |= {f"optimizer.{name}|{key}": value.clone() for key, value in held.items()}
         return found
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """The reverse of ``tensors``."""
-        own: dict[str, Any] = {
-            name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")
-        }
-        set_model_state_dict(self.model, own, options=_WHOLE)
+        """The reverse of ``tensors``; of several processes the first one's count."""
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed.is_initialized())
+        set_model_state_dict(self.model, dict(_under("model.", tensors)), options=options)
         averages: dict[str, Any] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                weight, _, key = name.removeprefix("optimizer.").rpartition("|")
-                averages.setdefault(weight, {})[key] = value.clone()
-        groups = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)["param_groups"]
-        set_optimizer_state_dict(self.model, self.optimizer, {"state": averages, "param_groups": groups}, options=_WHOLE)
+        for name, value in _under("optimizer.", tensors):
+            weight, _, key = name.rpartition("|")
+            averages.setdefault(weight, {})[key] = value.clone()
+        if _agreed(bool(averages)):
+            groups = get_optimizer_state_dict(self.model, self.optimizer, options=StateDictOptions())["param_groups"]
+            set_optimizer_state_dict(self.model, self.optimizer, {"state": averages, "param_groups": groups}, options=options)
+        else:
+            self.optimizer.state.clear()
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [(name.removeprefix(prefix), value) for name, value in tensors.items() if name.startswith(prefix)]
 
 
 def train(
@@ -170,47 +184,48 @@ def train(
     if not held_out:
         raise InputError(f"no source has {recipe.sequence} held-out tokens, one sequence; give more text or shorter sequences")
     order = np.random.default_rng(recipe.seed).permutation(n_sequences)
-    identity = {"shape": str(shape), "norm": shape.norm, "marks": list(marks), "recipe": asdict(recipe), "tokens": len(tokens)}
-    identity = json.loads(json.dumps(identity))  # as it reads back
-    torch.manual_seed(recipe.seed)
-    model = OpenLMForCausalLM(OpenLMConfig.of(shape, qk_norm=recipe.qk_norm, max_tokens=recipe.sequence))
-    model.to(device)  # type: ignore[arg-type]
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if distributed.is_initialized():
-        mesh = init_device_mesh(torch.device(device).type, (distributed.get_world_size(),))
-        for part in (*model.layers, model):
-            fully_shard(part, mesh=mesh)
-    with files.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    state = _State(model, _optimizer(model, recipe))
-    _resume(folder, identity, state)
-    forward: Any = torch.compile(model) if recipe.compile else model
-    start_s, saved_s = time.monotonic() - state.seconds, time.monotonic()
-    while state.phase < len(plan):
-        phase = plan[state.phase]
-        if phase.mark is not None and state.trunk is None and state.step == phase.start:
-            state.trunk, state.trunk_losses = state.tensors(), list(state.losses)
-        while state.step < phase.end:
-            state.losses.append(_step(forward, state, recipe, phase, _batch(tokens, order, state.step, recipe), device))
-            state.step += 1
-            state.seconds = time.monotonic() - start_s
-            progress(_told(state, plan, recipe))
-            if _agreed(time.monotonic() - saved_s > save_every_s):
-                _save(folder, identity, state)
-                saved_s = time.monotonic()
-        if phase.mark is not None:
-            state.rows.append(_row(shape, state, phase.mark, recipe, held_out, device))
-            weights = get_model_state_dict(model, options=_WHOLE)
-            if _is_first():
-                _publish(folder, phase.mark, state, weights, recipe)
-            assert state.trunk is not None
-            state.put(state.trunk)
-            state.losses, state.step, state.trunk = state.trunk_losses, phase.start, None
-        state.phase += 1
-        _save(folder, identity, state)
-        saved_s = time.monotonic()
-    return state.rows
+    texts = {
+        name: hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest() for name, ids in {"train": tokens, **held_out}.items()
+    }
+    identity = {"shape": str(shape), "norm": shape.norm, "marks": list(marks), "recipe": asdict(recipe), "text": texts}
+    busy = "another run is at work in this folder; wait until it has ended, or give another folder"
+    with files.locked(folder / "lock", busy) if _is_first() else nullcontext():
+        torch.manual_seed(recipe.seed)
+        model = OpenLMForCausalLM(OpenLMConfig.of(shape, qk_norm=recipe.qk_norm, max_tokens=recipe.sequence))
+        model.to(device)  # type: ignore[arg-type]
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        if distributed.is_initialized():
+            mesh = init_device_mesh(torch.device(device).type, (distributed.get_world_size(),))
+            for part in (*model.layers, model):
+                fully_shard(part, mesh=mesh)
+        state = _State(model, _optimizer(model, recipe))
+        _resume(folder, identity, state)
+        forward: Any = torch.compile(model) if recipe.compile else model
+        start_s, saved_s = time.monotonic() - state.seconds, time.monotonic()
+        while state.phase < len(plan):
+            phase = plan[state.phase]
+            goes_on = state.phase + 1 < len(plan)  # from where this branch leaves
+            if goes_on and phase.mark is not None and state.trunk is None and state.step == phase.start:
+                state.trunk, state.trunk_losses = state.tensors(), list(state.losses)
+            while state.step < phase.end:
+                state.losses.append(_step(forward, state, recipe, phase, _batch(tokens, order, state.step, recipe), device))
+                state.step += 1
+                state.seconds = time.monotonic() - start_s
+                progress(_told(state, plan, recipe))
+                if _agreed(time.monotonic() - saved_s > save_every_s):
+                    _save(folder, identity, state)
+                    saved_s = time.monotonic()
+            if phase.mark is not None:
+                state.rows.append(_row(shape, state, phase.mark, recipe, held_out, device))
+                _publish(folder, phase.mark, state, recipe)
+                if goes_on:
+                    state.put(state.trunk or {})
+                    state.losses, state.step, state.trunk = state.trunk_losses, phase.start, None
+            state.phase += 1
+            _save(folder, identity, state)
+            saved_s = time.monotonic()
+        return state.rows
 
 
 def _optimizer(model: OpenLMForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
@@ -286,8 +301,10 @@ def held_out_loss(model: OpenLMForCausalLM, tokens: Tokens, sequence: int, devic
 
 def _row(shape: Shape, state: _State, mark: int, recipe: Recipe, held_out: Mapping[str, Tokens], device: str) -> dict[str, Any]:
     by_source = {name: held_out_loss(state.model, tokens, recipe.sequence, device) for name, tokens in held_out.items()}
-    sizes = {name: len(tokens) for name, tokens in held_out.items()}
-    loss = sum(by_source[name] * sizes[name] for name in sizes) / sum(sizes.values())
+    n_sequences = {name: (len(tokens) - 1) // recipe.sequence for name, tokens in held_out.items()}
+    loss = sum(by_source[name] * n_sequences[name] for name in by_source) / sum(n_sequences.values())
+    if not math.isfinite(loss):
+        raise InputError(f"the held-out loss at {mark} tokens is {loss}; lower the learning rate, in another folder")
     return {
         "name": f"{shape.n_layers}x{shape.d_model}-seed{recipe.seed}",
         "shape": str(shape),
@@ -310,13 +327,15 @@ def _row(shape: Shape, state: _State, mark: int, recipe: Recipe, held_out: Mappi
     }
 
 
-def _publish(folder: Path, mark: int, state: _State, weights: Any, recipe: Recipe) -> None:
+def _publish(folder: Path, mark: int, state: _State, recipe: Recipe) -> None:
     """What others read of a mark: the model, the losses, the table of rows; written again where a kill came in between."""
-    with files.writing(folder, SafetensorError):
-        state.model.save_pretrained(folder / f"model-{mark}", state_dict=weights)
+    weights = get_model_state_dict(state.model, options=_WHOLE)
+    if not _is_first():
+        return
+    with files.replacing(folder / f"model-{mark}", SafetensorError) as partial:
+        state.model.save_pretrained(partial, state_dict=weights)
     losses = pd.DataFrame({"tokens": recipe.step_tokens * np.arange(1, state.step + 1), "loss": state.losses})
-    rows = pd.DataFrame(state.rows)
-    for name, table in ((f"losses-{mark}.csv", losses), ("rows.csv", rows)):
+    for name, table in ((f"losses-{mark}.csv", losses), ("rows.csv", pd.DataFrame(state.rows))):
         with files.replacing(folder / name) as partial:
             table.to_csv(partial, index=False)
 
@@ -332,27 +351,24 @@ def _told(state: _State, plan: Sequence[Phase], recipe: Recipe) -> str:
 
 
 def _save(folder: Path, identity: Mapping[str, Any], state: _State) -> None:
-    """A checkpoint: tensors, then the file that names them; older ones than the last two go."""
-    number = 1 + max(map(_number, _checkpoints(folder)), default=0)
-    name, tensors = f"checkpoint-{number}", state.tensors()
-    if state.trunk is not None:
-        tensors |= {f"trunk.{key}": value for key, value in state.trunk.items()}
+    """A checkpoint of tensors, with all else in the header of the file; older ones than the last two go."""
+    tensors = state.tensors()
     if not _is_first():
         return
-    told = {key: getattr(state, key) for key in ("phase", "step", "losses", "seconds", "rows", "trunk_losses")}
-    with files.replacing(folder / f"{name}.safetensors", SafetensorError) as partial:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
-        told |= {"identity": identity, "sha256": files.sha256(partial)}
-    with files.replacing(folder / f"{name}.json") as partial:
-        partial.write_text(json.dumps(told), encoding="utf-8")
-    for old in _checkpoints(folder)[:-KEPT]:
+    tensors |= {f"trunk.{key}": value for key, value in (state.trunk or {}).items()}
+    told = {key: getattr(state, key) for key in _TOLD} | {"identity": identity, "in_branch": state.trunk is not None}
+    number = 1 + max((number for number, _ in _checkpoints(folder)), default=0)
+    unnamed = folder / "checkpoint-unnamed.safetensors"
+    with files.replacing(unnamed, SafetensorError) as partial:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"told": json.dumps(told)})
+    unnamed.rename(folder / f"checkpoint-{number}-{files.sha256(unnamed)}.safetensors")
+    for _, old in _checkpoints(folder)[:-KEPT]:
         old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def _agreed(due: bool) -> bool:
-    """What the first process thinks: all must save together, and their clocks differ."""
-    answer = [due]
+def _agreed(answer_of_this: Any) -> Any:
+    """What the first process says, in all of them: they must save together, and their clocks differ."""
+    answer = [answer_of_this]
     if distributed.is_initialized():
         distributed.broadcast_object_list(answer)
     return answer[0]
@@ -363,32 +379,36 @@ def _is_first() -> bool:
 
 
 def _resume(folder: Path, identity: Mapping[str, Any], state: _State) -> None:
-    """Put the newest whole checkpoint of the folder into ``state``, if there is one."""
-    for path in reversed(_checkpoints(folder)):
-        try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            tensors_path = path.with_suffix(".safetensors")
-            if files.sha256(tensors_path) != told["sha256"]:
-                raise ValueError("its checksum differs")
-            tensors = load_file(tensors_path)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            logging.getLogger(__name__).warning("%s: is damaged (%s); going back to the checkpoint before it", path, error)
-            continue
-        if told["identity"] != identity:
-            other = next(key for key in identity if told["identity"].get(key) != identity[key])
-            raise InputError(f"{folder}: holds a run of another {other}; give another folder")
-        state.put({name: value for name, value in tensors.items() if not name.startswith("trunk.")})
-        trunk = {name.removeprefix("trunk."): value for name, value in tensors.items() if name.startswith("trunk.")}
-        state.trunk = trunk or None
-        for key in ("phase", "step", "losses", "seconds", "rows", "trunk_losses"):
+    """Put the newest whole checkpoint of the folder into ``state``, if there is one; the first process reads it."""
+    told, tensors = _newest(folder, identity) if _is_first() else (None, {})
+    told = _agreed(told)
+    if told is not None:
+        state.put(tensors)
+        state.trunk = dict(_under("trunk.", tensors)) if told["in_branch"] else None
+        for key in _TOLD:
             setattr(state, key, told[key])
-        return
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(folder.glob("checkpoint-*.json"), key=_number)
+def _newest(folder: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    damaged = []
+    for _, path in reversed(_checkpoints(folder)):
+        if not path.name.endswith(f"-{files.sha256(path)}.safetensors"):
+            damaged.append(path)
+            continue
+        with safe_open(path, "pt") as file:
+            told, tensors = json.loads(file.metadata()["told"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if other := [key for key in identity if told["identity"].get(key) != json.loads(json.dumps(identity[key]))]:
+            raise InputError(f"{folder}: holds a run of another {other[0]}; give another folder")
+        for lost in damaged:
+            _LOG.warning("%s: is damaged (its checksum differs); going back to the checkpoint before it", lost)
+            lost.unlink()
+        return told, tensors
+    if damaged:
+        raise InputError(f"{damaged[0]}: is damaged, as is every checkpoint here; give another folder, or remove them")
+    return None, {}
 
 
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.stem.partition("-")[2])
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Their numbers and files, oldest first."""
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
+    return sorted((int(name[1]), path) for name, path in found if name)

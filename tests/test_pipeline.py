@@ -3,7 +3,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from morphlib import pipeline
+from morphlib import files, pipeline
 from morphlib.errors import InputError
 
 
@@ -143,7 +143,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
     for name in ("one", "two"):
         (tmp_path / "new").mkdir()
         (tmp_path / "new" / name).touch()
-        pipeline.replace_folder(tmp_path / "new", tmp_path / "at" / "place")
+        files.replace_folder(tmp_path / "new", tmp_path / "at" / "place")
         assert [path.name for path in (tmp_path / "at").rglob("*")] == ["place", name]
     assert not (tmp_path / "new").exists()
 

@@ -16,9 +16,9 @@ from morphlib.shapes import Shape, paper_shapes
 MORPH_1B = quantities("morph-1b")
 
 
-def launch(folder, shape=None, tokens=MORPH_1B["tokens"], recipe=None, chunks=16, gpus=4):
+def launch(folder, shape=None, tokens=MORPH_1B["tokens"], **changes):
     shape = shape or replace(Shape.parse(MORPH_1B["shape"]), norm=MORPH_1B["norm"])
-    return write_open_lm_launch(folder, shape, tokens, recipe or Recipe.of(MORPH_1B), chunks=chunks, gpus=gpus)
+    return write_open_lm_launch(folder, shape, tokens, MORPH_1B | changes)
 
 
 def options(folder):
@@ -33,7 +33,7 @@ def test_the_table_has_every_hyper_parameter_of_the_paper_with_its_source():
     keys = [(row["recipe"], row["quantity"]) for row in rows]
     assert len(set(keys)) == len(keys)
     ours = {"accumulate", "base_width", "compile", "seed"}  # which the paper's scripts do not set
-    beside = {"norm", "shape", "tokens", "chunks", "gpus"}
+    beside = {"norm", "shape", "tokens", "chunks", "gpus", "tokenizer", "shard_sequences", "data_seed"}
     for name in ("paper", "morph-1b"):
         assert {field.name for field in fields(Recipe)} - ours <= set(quantities(name))
     assert {quantity for _, quantity in keys} <= {field.name for field in fields(Recipe)} | beside
@@ -79,11 +79,42 @@ def test_open_lm_reads_what_is_written(tmp_path):
     assert sum(weight.numel() for weight in built.parameters()) == with_biases.n_params("total")
 
 
+def test_open_lm_reads_the_published_tokens_in_the_published_steps(tmp_path):
+    """With open_lm's own choice of shards, where it is installed: 16 chunks of a text that is just long enough."""
+    file_utils = pytest.importorskip("open_lm.file_utils")
+    launch(tmp_path)
+    told = {name: int(options(tmp_path)[name]) for name in ("train-num-samples", "epochs", "workers", "global-batch-size")}
+    shards = [{"shard": f"{i:08d}", "num_sequences": 8192} for i in range(28_991_029_248 // (8192 * 2048))]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(shard) + "\n" for shard in shards))
+    next_shard, steps, manifest = [0], 0, [str(tmp_path / "manifest.jsonl")]
+    for _ in range(told["epochs"]):
+        _, sequences, next_shard = file_utils.get_string_for_epoch(
+            told["train-num-samples"] // 2048, next_shard, manifest, None, told["workers"], 4, multi_epoch=False)  # fmt: skip
+        # open_lm.data.get_wds_dataset: each worker drops what is no whole batch
+        steps += sequences[0] // (told["global-batch-size"] * told["workers"]) * told["workers"]
+    assert steps == 55_296
+
+
+def test_a_number_that_cannot_be_is_refused():
+    changes = {"seed": -1, "beta1": 1.0, "weight_decay": float("nan"), "dtype": "fp8", "warmup_steps": -5, "final_share": -1,
+               "base_width": 0, "learning_rate": 0, "clip": float("inf") * 0, "batch": 0, "schedule": "step"}  # fmt: skip
+    for name, value in changes.items():
+        with pytest.raises(InputError, match=f"{name} is "):
+            Recipe(**{name: value})
+    with pytest.raises(InputError, match="cannot be taken in 3 equal parts"):
+        Recipe(batch=4, accumulate=3)
+
+
+def test_a_name_with_a_space_stays_one_word(tmp_path):
+    launch(tmp_path / "a b")
+    assert options(tmp_path / "a b")["name"] == "a b"
+
+
 @pytest.mark.parametrize("name", paper_shapes())
 def test_every_shape_of_the_paper_can_be_launched_and_read_back(tmp_path, name):
     model = pytest.importorskip("morphlib.model")
     shape = replace(paper_shapes()[name], norm="layer_norm")
-    launch(tmp_path, shape, tokens=2**20 * 1536, recipe=Recipe.of(quantities("paper")), chunks=1, gpus=2)
+    write_open_lm_launch(tmp_path, shape, 2**20 * 1536, quantities("paper"))
     assert model.config_of_open_lm(tmp_path / "model.json").shape == shape
     assert json.loads((tmp_path / "model.json").read_text())["model_norm"] == "default_layer_norm"
 
@@ -92,10 +123,10 @@ def test_what_open_lm_cannot_do_is_refused_and_nothing_written(tmp_path):
     faults = [
         ({"shape": Shape.parse("4x64/ff=8d/3")}, "its own width of the feed-forward layer; give 4x64/1h/1kv/256ff"),
         ({"shape": Shape.parse("4x256/4h/2kv")}, "no key-value heads"),
-        ({"tokens": 10**9}, "give 998244352"),
-        ({"tokens": 5}, "give 8388608"),
-        ({"recipe": Recipe(schedule="trunk")}, "along a cosine"),
-        ({"recipe": Recipe(base_width=64)}, "for all widths alike"),
+        ({"tokens": 10**9}, "give 1073741824"),
+        ({"tokens": 5, "chunks": 1, "gpus": 1}, "give 16777216"),
+        ({"schedule": "trunk"}, "along a cosine"),
+        ({"base_width": 64}, "for all widths alike"),
     ]
     for given, message in faults:
         with pytest.raises(InputError, match=message):

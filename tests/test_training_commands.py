@@ -82,7 +82,10 @@ def test_a_recipe_that_names_its_shape_needs_no_more_to_be_launched(tmp_path, ca
         ([*SMALL, "--tokens", "1e12"], "one epoch is"),
         ([*SMALL, "--threads", "4096"], "more than the"),
         ([*SMALL, "--tokens", "2e3"], "the schedule trunk"),
-        ([*SMALL, "--sequence", "10000"], "no source has 10000 held-out tokens"),
+        ([*SMALL, "--warmup-steps", "50"], "the warm-up alone has 50"),
+        ([*SMALL, "--weight-decay", "-1"], "weight_decay is -1"),
+        (["--recipe", "laptop", "--shape", "4x64", "--launch", "open_lm"], "take paper or morph-1b"),
+        ([*SMALL, "--warmup-steps", "0", "--sequence", "10000"], "no source has 10000 held-out tokens"),
         (["--recipe", "morph-1b", "--launch", "open_lm", "--tokens", "2e3"], "give --tokens once"),
     ],
 )  # fmt: skip
