@@ -246,13 +246,20 @@ def splits(table: pd.DataFrame, holdout: Holdout) -> pd.Series:
     """The label of the fold in which a row is held out; NaN where it never is.
 
     ``shape``: each shape (d_model, n_layers and n_params) with all its budgets and repeats, labelled by its
-    first name. ``size``: each family. ``largest-n``: the family with the largest model. ``widest-r``:
-    the ceil(n / 5) rows with the largest R = d_model / n_layers, and all as wide as the last of them.
+    first name; where other shapes have that name, too, with its sizes. ``size``: each family. ``largest-n``: the family
+    with the largest model. ``widest-r``: the ceil(n / 5) rows with the largest R = d_model / n_layers, and all as
+    wide as the last of them.
     Raises ``InputError`` where a fold would leave nothing to train on.
     """
     family = table["family"]
     if holdout == "shape":
-        fold = table["name"].groupby(shape_numbers(table)).transform("first")
+        shapes = table.drop_duplicates(["d_model", "n_layers", "n_params"])
+        shapes = shapes.set_index(shapes["name"].duplicated(keep=False))
+        labels = [
+            f"{name} ({depth}x{width}, N = {n:.17g})" if several else name
+            for several, name, depth, width, n in shapes[["name", "n_layers", "d_model", "n_params"]].itertuples()
+        ]
+        fold = pd.Series(np.array(labels)[shape_numbers(table)], table.index)
     elif holdout == "size":
         fold = family
     elif holdout == "largest-n":

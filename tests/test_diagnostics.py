@@ -133,6 +133,17 @@ def test_a_shape_under_two_names_is_left_out_as_one(paper):
     assert set(twice["name"][folds == "80M_v1"]) == {"80M_v1", "80M_v1_again"}
 
 
+def test_shapes_that_share_a_name_are_left_out_one_by_one(paper):
+    named = paper.assign(name=paper["family"])
+    folds = diagnostics.splits(named, "shape")
+    apart = diagnostics.splits(paper, "shape")
+    assert (folds.groupby(apart).nunique() == 1).all() and (apart.groupby(folds).nunique() == 1).all()
+    assert folds[0].startswith("80M (") and f"{paper['n_layers'][0]}x{paper['d_model'][0]}" in folds[0]
+    # counted in another way, too, a shape is another one
+    twins = pd.concat([paper, paper[paper["name"] == "80M_v1"].assign(n_params=1.0)], ignore_index=True)
+    assert diagnostics.splits(twins, "shape").nunique() == 36
+
+
 def test_folds_that_cannot_be_made(paper):
     with pytest.raises(InputError, match="'depth' is not a way to hold rows out; choose one of shape"):
         diagnostics.splits(paper, "depth")
