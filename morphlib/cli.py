@@ -363,7 +363,7 @@ def _design(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _select(arguments: argparse.Namespace) -> dict[str, Any]:
     from morphlib import fitting, selection, uncertainty
-    from morphlib.latency.analytic import Model, Workload
+    from morphlib.latency.analytic import Machine, Workload
 
     table = _load(arguments)
     caps = selection.Caps(
@@ -380,8 +380,8 @@ def _select(arguments: argparse.Namespace) -> dict[str, Any]:
         latencies: selection.Latencies = selection.Tabled.read(arguments.latencies, work if asked else None)
     else:
         shapes = _candidates(arguments, table["n_count"].iloc[0])
-        model = Model.of(arguments.gpu, arguments.mode, weight_bits=work.weight_bits)
-        latencies = selection.Predicted(shapes, model, work)
+        machine = Machine.of(arguments.gpu, arguments.mode, weight_bits=work.weight_bits)
+        latencies = selection.Predicted(shapes, machine, work)
     print(f"morph select: {len(latencies.shapes)} candidate shapes", file=sys.stderr)
     fit = fitting.fit(table, laws.get(arguments.law, arguments.exponents), arguments.fit_on)
     draws = uncertainty.bootstrap(table, fit, arguments.draws, cluster=arguments.cluster).values if arguments.draws else None

@@ -32,7 +32,7 @@ from scipy.optimize import minimize
 from morphlib import runs
 from morphlib.errors import InputError
 from morphlib.fitting import Fit
-from morphlib.latency.analytic import ENDS, Model, Workload
+from morphlib.latency.analytic import ENDS, Machine, Workload
 from morphlib.laws import Array
 from morphlib.shapes import Shape, Shapes
 
@@ -86,19 +86,19 @@ class Predicted:
     """Latencies of shapes by the analytic model. Draws share the constants, which belong to the machine, not to a shape."""
 
     shapes: Shapes
-    model: Model
+    machine: Machine
     work: Workload = field(default_factory=Workload)
 
     def estimates(self) -> pd.DataFrame:
         """One row for each shape: ``latency_s`` with its ends, ``latency_kind``, and whether it ``fits`` the memory."""
         ends = zip(LATENCIES, ENDS, strict=True)
-        times = {name: self.model.times(self.shapes, self.work, self.model.at(end))["e2e_s"] for name, end in ends}
-        fits = self.work.memory_bytes(self.shapes) <= self.model.device.memory_bytes
+        times = {name: self.machine.times(self.shapes, self.work, self.machine.at(end))["e2e_s"] for name, end in ends}
+        fits = self.work.memory_bytes(self.shapes) <= self.machine.device.memory_bytes
         return pd.DataFrame(times).assign(latency_kind="predicted", fits=fits)
 
     def drawn(self, n_draws: int, rng: np.random.Generator) -> Array:
         """Latencies in seconds, shape (n_draws, n)."""
-        return np.asarray(self.model.times(self.shapes, self.work, self.model.drawn(n_draws, rng))["e2e_s"])
+        return np.asarray(self.machine.times(self.shapes, self.work, self.machine.drawn(n_draws, rng))["e2e_s"])
 
     def where(self, mask: np.ndarray) -> Predicted:
         return replace(self, shapes=self.shapes.where(mask))
@@ -468,7 +468,7 @@ def optimum(
     bound it too. The searches start at ``like`` and around it; the best of those that end within the limits counts.
     """
 
-    model, work = latencies.model, latencies.work
+    machine, work = latencies.machine, latencies.work
     limits = {name: ranges[name] for name in ("N", "R")} if ranges else {}
 
     @cache
@@ -486,9 +486,9 @@ def optimum(
             norm=like.norm,
         )
         numbers = without_latency(fit, shape, caps.tokens, work)
-        numbers["latency_s"] = model.times(shape, work, model.at("value"))["e2e_s"]
-        numbers["memory"] = work.memory_bytes(shape) / model.device.memory_bytes
-        pieces = model.e2e_pieces_s(shape, work, model.at("value"))
+        numbers["latency_s"] = machine.times(shape, work, machine.at("value"))["e2e_s"]
+        numbers["memory"] = work.memory_bytes(shape) / machine.device.memory_bytes
+        pieces = machine.e2e_pieces_s(shape, work, machine.at("value"))
         return {name: float(number[0]) for name, number in numbers.items()}, [float(piece[0]) for piece in pieces]
 
     def room(x: Array) -> Array:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from morphlib import diagnostics, fitting, laws, runs, selection, uncertainty
 from morphlib.errors import InputError
-from morphlib.latency.analytic import Model, Workload
+from morphlib.latency.analytic import Machine, Workload
 from morphlib.selection import Caps, Predicted, Tabled, lifetime, optimum, predict_rank_select, select, to_train, undominated
 from morphlib.shapes import Shape, Shapes, candidates, paper_shapes
 from test_cli import morph, refuse_constant
@@ -32,7 +32,7 @@ def refits(paper, fit):
 
 @pytest.fixture(scope="module")
 def on_a100():
-    return Predicted(candidates(1.7e9), Model.of("A100-40GB"))
+    return Predicted(candidates(1.7e9), Machine.of("A100-40GB"))
 
 
 def fine_grid(step_width=16, layers=range(4, 65)):
@@ -64,7 +64,7 @@ def fine_grid(step_width=16, layers=range(4, 65)):
 )
 def test_the_continuous_optimum_and_the_exact_one_agree_within_the_grid(paper, gpu, mode, latency_s, law):
     fit = fitting.fit(paper, laws.get(law))
-    latencies = Predicted(fine_grid(), Model.of(gpu, mode))
+    latencies = Predicted(fine_grid(), Machine.of(gpu, mode))
     caps = Caps(**BUDGET, latency_s=latency_s)
     found = select(paper, fit, latencies, caps)
     best, exact = found.optimum, found.candidates.iloc[0]
@@ -98,7 +98,7 @@ def test_shadow_prices_are_the_multipliers_of_the_optimum(paper, fit, on_a100):
             d_model=width, n_layers=np.exp([log_depth]), n_heads=np.ones(1), n_kv_heads=np.ones(1),
             d_ff=width * like.d_ff / like.d_model, vocab=np.array([50432.0]), tied=np.array([False]),
         )  # fmt: skip
-        row = selection.scored(fit, Predicted(shape, on_a100.model), caps.tokens).iloc[0]
+        row = selection.scored(fit, Predicted(shape, on_a100.machine), caps.tokens).iloc[0]
         return np.array([row["loss"], math.log(row["n_params"]), math.log(row["latency_s"])])
 
     x = np.log([best.d_model, best.n_layers])
@@ -142,7 +142,7 @@ def test_every_shape_is_counted_once(paper, fit, on_a100):
 
 def test_a_law_that_falls_with_depth_recommends_nonsense_where_nobody_trained(paper, fit):
     """Without the latency cap and the range of the runs the paper's law takes the deepest shape there is."""
-    latencies = Predicted(candidates(1.7e9), Model.of("A100-40GB", "graph"))
+    latencies = Predicted(candidates(1.7e9), Machine.of("A100-40GB", "graph"))
     caps = Caps(params=1.7e9, tokens=29e9, latency_s=1e3)
     inside, outside = (select(paper, fit, latencies, caps, extrapolate=more) for more in (False, True))
     assert inside.chosen.n_layers < outside.chosen.n_layers and outside.chosen.n_layers > 50
@@ -455,7 +455,7 @@ def test_caps_are_what_they_were_given():
 def test_the_optimum_starts_within_the_caps(paper, fit, on_a100):
     like = Shape.parse("12x3072")
     found = optimum(fit, like, on_a100, Caps(params=1.67e9, tokens=29e9, latency_s=2.2), selection.fitted_ranges(paper, fit))
-    own = selection.scored(fit, Predicted(Shapes.of([like]), on_a100.model), 29e9)
+    own = selection.scored(fit, Predicted(Shapes.of([like]), on_a100.machine), 29e9)
     assert found.loss <= own["loss"][0]
 
 

@@ -32,7 +32,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from itertools import product
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -42,7 +41,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import least_squares, nnls
 
 from morphlib.errors import InputError
-from morphlib.latency import hardware
+from morphlib.latency import DATA, hardware
 from morphlib.latency.hardware import Estimate, Hardware
 from morphlib.laws import Array
 from morphlib.shapes import Bits, Shape, Shapes
@@ -180,7 +179,7 @@ class _Work(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class Machine:
     """A machine and a mode with all that a prediction needs, each number an `Estimate`; ``of`` makes one.
 
     The constants belong to the machine, not to a shape. So each method takes one set of them for all shapes, and what
@@ -200,8 +199,8 @@ class Model:
         weight_bits: Bits = 16,
         host_launch_s: Estimate | None = None,
         constants: Mapping[str, Estimate] | None = None,
-    ) -> Model:
-        """The model of a machine; arguments and errors as `predict`."""
+    ) -> Machine:
+        """The machine of that name; arguments and errors as `predict`."""
         if mode not in MODES:
             raise InputError(f"{mode!r} is not a mode; choose one of {', '.join(MODES)}")
         device = gpu if isinstance(gpu, Hardware) else hardware.get(gpu, weight_bits)
@@ -317,20 +316,20 @@ def predict(
     weights on a GPU whose datasheet is of 16, and where weights and cache do not fit the device.
     """
     work = Workload(**workload)
-    model = Model.of(gpu, mode, weight_bits=work.weight_bits, host_launch_s=host_launch_s, constants=constants)
-    model.check_room(shape, work)
-    times = [model.times(shape, work, model.at(end)) for end in ENDS]
-    origin = f"predicted for {model.device.name}, {mode}"
+    machine = Machine.of(gpu, mode, weight_bits=work.weight_bits, host_launch_s=host_launch_s, constants=constants)
+    machine.check_room(shape, work)
+    times = [machine.times(shape, work, machine.at(end)) for end in ENDS]
+    origin = f"predicted for {machine.device.name}, {mode}"
 
     def estimate(low: float, value: float, high: float) -> Estimate:
         # two ends can be the same sum, added in another order
         return Estimate(float(value), float(min(low, value, high)), float(max(low, value, high)), origin)
 
     tokens = work.batch * work.out_tokens
-    prefill, decode = model.steps(shape, work, model.at("value"))
+    prefill, decode = machine.steps(shape, work, machine.at("value"))
     return Prediction(
         shape=shape,
-        gpu=model.device.name,
+        gpu=machine.device.name,
         mode=mode,
         ttft_s=estimate(*(at["ttft_s"] for at in times)),
         tpot_s=estimate(*(at["tpot_s"] for at in times)),
@@ -353,20 +352,20 @@ def ratio(
 ) -> Estimate:
     """A predicted time of the first shape over that of the second on one machine: every constant is the same for both.
 
-    The interval runs over all combinations of the ends of the constants (``Model.combinations``), so it is narrower
+    The interval runs over all combinations of the ends of the constants (``Machine.combinations``), so it is narrower
     than what the two intervals would allow. Errors as `predict`.
     """
     works = [
         Workload(**workload),
         Workload(**workload | ({"architecture": second_architecture} if second_architecture else {})),
     ]
-    model = Model.of(gpu, mode, weight_bits=works[0].weight_bits)
+    machine = Machine.of(gpu, mode, weight_bits=works[0].weight_bits)
     times = []
     for shape, work in zip((first, second), works, strict=True):
-        model.check_room(shape, work)
-        times.append(model.times(shape, work, model.combinations())[time])
+        machine.check_room(shape, work)
+        times.append(machine.times(shape, work, machine.combinations())[time])
     ratios = (times[0] / times[1]).ravel()
-    return Estimate(float(ratios[0]), float(ratios.min()), float(ratios.max()), f"predicted for {model.device.name}, {mode}")
+    return Estimate(float(ratios[0]), float(ratios.min()), float(ratios.max()), f"predicted for {machine.device.name}, {mode}")
 
 
 def _vector_bytes(shape: Shape | Shapes, tokens: float, bits: int) -> Any:
@@ -380,8 +379,7 @@ def _vector_bytes(shape: Shape | Shapes, tokens: float, bits: int) -> Any:
 
 @cache
 def _table(name: str) -> pd.DataFrame:
-    with resources.files("morphlib").joinpath(f"data/{name}.csv").open(encoding="utf-8") as file:
-        return pd.read_csv(file, index_col=0)
+    return pd.read_csv(DATA / f"{name}.csv", index_col=0)
 
 
 def reference(rows: Sequence[str] | None = None) -> pd.DataFrame:

@@ -66,10 +66,10 @@ def test_an_intervals_ends_are_what_its_constants_ends_say():
 
 
 def test_many_shapes_and_sets_of_constants_are_each_of_them():
-    model, work = analytic.Model.of("H100", "compiled"), analytic.Workload(batch=3, in_tokens=500, out_tokens=40)
+    machine, work = analytic.Machine.of("H100", "compiled"), analytic.Workload(batch=3, in_tokens=500, out_tokens=40)
     shapes = [DEEP, MIDDLE, SHALLOW]
-    sets = model.combinations()
-    together = model.times(Shapes.of(shapes), work, sets)
+    sets = machine.combinations()
+    together = machine.times(Shapes.of(shapes), work, sets)
     assert together["e2e_s"].shape == (1 + 3 * 2**6, 3)
     for i, shape in enumerate(shapes):
         said = predict(shape, "H100", "compiled", batch=3, in_tokens=500, out_tokens=40)
@@ -84,10 +84,10 @@ def test_many_shapes_and_sets_of_constants_are_each_of_them():
 @settings(max_examples=40, deadline=None)
 @given(small_shapes, st.sampled_from(GPUS), st.sampled_from(MODES), st.integers(1, 16), st.integers(1, 2000))
 def test_a_time_is_the_greatest_of_its_pieces(shape, gpu, mode, batch, in_tokens):
-    model, work = analytic.Model.of(gpu, mode), analytic.Workload(batch=batch, in_tokens=in_tokens)
-    pieces = model.e2e_pieces_s(shape, work, model.at("value"))
+    machine, work = analytic.Machine.of(gpu, mode), analytic.Workload(batch=batch, in_tokens=in_tokens)
+    pieces = machine.e2e_pieces_s(shape, work, machine.at("value"))
     assert len(pieces) == 4
-    assert max(pieces) == pytest.approx(model.times(shape, work, model.at("value"))["e2e_s"])
+    assert max(pieces) == pytest.approx(machine.times(shape, work, machine.at("value"))["e2e_s"])
 
 
 def test_a_ratio_is_that_of_two_predictions_with_the_same_constants():
@@ -112,10 +112,10 @@ def test_a_ratio_is_that_of_two_predictions_with_the_same_constants():
 
 
 def test_drawn_constants_have_the_interval_they_are_said_to_have():
-    model = analytic.Model.of("A100-40GB")
+    machine = analytic.Machine.of("A100-40GB")
     n = 40_000
-    for name, drawn in model.drawn(n, np.random.default_rng(0)).items():
-        known = model.known[name]
+    for name, drawn in machine.drawn(n, np.random.default_rng(0)).items():
+        known = machine.known[name]
         inside = ((known.low <= drawn) & (drawn <= known.high)).mean()
         # an end that is the value itself cannot be passed
         expected = 0.95 + 0.025 * ((known.low == known.value) + (known.high == known.value))
