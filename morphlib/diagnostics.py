@@ -35,7 +35,7 @@ BUDGET_TOLERANCE = 0.1
 class Metrics:
     """Errors of predicted losses (nats per token). NaN where there are too few rows to say.
 
-    ``r2`` is 1 - SSE / SST around the mean of the rows; ``mape_pct`` the mean of
+    ``r2`` is 1 - SSE / SST around the mean of the rows; ``mape`` the mean of
     |predicted - measured| / measured, in percent.
     """
 
@@ -43,7 +43,7 @@ class Metrics:
     mse: float
     rmse: float
     r2: float
-    mape_pct: float
+    mape: float
 
 
 def metrics(measured: Array, predicted: Array) -> Metrics:
@@ -57,7 +57,7 @@ def metrics(measured: Array, predicted: Array) -> Metrics:
         mse=float(squared.mean()),
         rmse=float(np.sqrt(squared.mean())),
         r2=float(1 - squared.sum() / total) if total > 0 else np.nan,
-        mape_pct=float(relative_error_pct(measured, predicted).mean()),
+        mape=float(relative_error_pct(measured, predicted).mean()),
     )
 
 
@@ -350,7 +350,7 @@ def compare(
         errors = result.metrics
         rows.append(
             {"law": law.name, "exponents": law.exponents, "count": table["n_count"].iloc[0], "holdout": holdout,
-             "n": errors.n, "rmse": errors.rmse, "mape": errors.mape_pct, "undetermined": len(result.undetermined)}
+             "n": errors.n, "rmse": errors.rmse, "mape": errors.mape, "undetermined": len(result.undetermined)}
         )  # fmt: skip
     compared = pd.DataFrame(rows)
     order = compared.sort_values(["n", "rmse"], ascending=[False, True], kind="stable").index

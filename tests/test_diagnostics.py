@@ -28,14 +28,14 @@ def test_metrics_agree_with_scikit_learn(measured, seed):
     assert result.mse == pytest.approx(mean_squared_error(measured, predicted))
     assert result.rmse == pytest.approx(np.sqrt(result.mse))
     assert result.r2 == pytest.approx(r2_score(measured, predicted))
-    assert result.mape_pct == pytest.approx(100 * mean_absolute_percentage_error(measured, predicted))
+    assert result.mape == pytest.approx(100 * mean_absolute_percentage_error(measured, predicted))
 
 
 def test_metrics_of_nothing_and_of_one_row():
     nothing = diagnostics.metrics(np.array([]), np.array([]))
-    assert nothing.n == 0 and np.isnan([nothing.mse, nothing.rmse, nothing.r2, nothing.mape_pct]).all()
+    assert nothing.n == 0 and np.isnan([nothing.mse, nothing.rmse, nothing.r2, nothing.mape]).all()
     one = diagnostics.metrics(np.array([2.0]), np.array([2.5]))
-    assert (one.mse, one.mape_pct) == (0.25, 25.0) and np.isnan(one.r2)
+    assert (one.mse, one.mape) == (0.25, 25.0) and np.isnan(one.r2)
 
 
 def test_spearman_of_a_family_of_one_is_not_a_number(paper):
