@@ -31,10 +31,8 @@ small_shapes = st.builds(
 def test_times_add_up_within_their_intervals(shape, gpu, mode, batch, in_tokens, out_tokens):
     said = predict(shape, gpu, mode, batch=batch, in_tokens=in_tokens, out_tokens=out_tokens)
     assert said.e2e_s.value == pytest.approx(said.ttft_s.value + (out_tokens - 1) * said.tpot_s.value)
-    assert said.throughput_tokens_per_s.value == pytest.approx(batch * out_tokens / said.e2e_s.value)
     assert said.decode_step.total_s == pytest.approx(said.tpot_s.value)
-    assert said.prefill_step.total_s == pytest.approx(said.ttft_s.value)
-    for time in (said.ttft_s, said.tpot_s, said.e2e_s, said.throughput_tokens_per_s):
+    for time in (said.ttft_s, said.tpot_s, said.e2e_s):
         assert 0 < time.low <= time.value <= time.high
     assert min(said.decode_step.launch_s, said.decode_step.kernels_s) >= 0
 
