@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Generic, Literal, TypeVar, get_args
+from typing import Generic, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -34,10 +34,9 @@ from morphlib.errors import InputError
 from morphlib.fitting import Fit
 from morphlib.latency.analytic import ENDS, Machine, Workload
 from morphlib.laws import Array
-from morphlib.shapes import Shape, Shapes
+from morphlib.shapes import Bits, Shape, Shapes
 
-Kind = Literal["measured", "quoted", "predicted"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = ("measured", "quoted", "predicted")
 LATENCIES = ("latency_low_s", "latency_s", "latency_high_s")
 
 CONTAIN = 0.9  # probability that the candidates to train contain the best one
@@ -193,7 +192,7 @@ def _as_latencies(rows: pd.DataFrame, where: str) -> tuple[pd.DataFrame, Workloa
     ends = {name: [getattr(median, end) for median in medians] for name, end in zip(LATENCIES, ENDS, strict=True)}
     work = Workload()
     for _, dtype, batch, in_tokens, out_tokens in rows[one].head(1).itertuples(index=False):
-        bits: Literal[16, 32] = 32 if dtype == "fp32" else 16
+        bits: Bits = 32 if dtype == "fp32" else 16
         work = Workload(batch=int(batch), in_tokens=int(in_tokens), out_tokens=int(out_tokens), weight_bits=bits)
     return pd.DataFrame({"shape": rows["shape"].to_numpy(), **ends}), work
 
@@ -202,14 +201,12 @@ def without_latency(fit: Fit, shapes: Shapes, tokens: ArrayLike, work: Workload)
     """What is known of shapes but for their latency, by the names of the columns of `scored`; arrays of shape (n,)."""
     numbers = {name: getattr(shapes, name) for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")}
     numbers |= {"n_params": shapes.n_params(fit.count), "tokens": np.broadcast_to(np.asarray(tokens, dtype=float), len(shapes))}
-    try:
-        kv_bytes = work.cache_bytes_per_token(shapes) * (work.in_tokens + work.out_tokens)
-        weight_bytes = shapes.weight_bytes(work.weight_bits)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    loss = fit.law.predict(fit.values, runs.variables(numbers))
-    more = {"aspect_ratio": shapes.aspect_ratio, "loss": loss, "kv_bytes": kv_bytes, "weight_bytes": weight_bytes}
-    return numbers | more
+    return numbers | {
+        "aspect_ratio": shapes.aspect_ratio,
+        "loss": fit.law.predict(fit.values, runs.variables(numbers)),
+        "kv_bytes": work.cache_bytes_per_token(shapes) * (work.in_tokens + work.out_tokens),
+        "weight_bytes": shapes.weight_bytes(work.weight_bits),
+    }
 
 
 def scored(fit: Fit, latencies: Latencies, tokens: float) -> pd.DataFrame:
@@ -590,40 +587,31 @@ def predict_rank_select(
     through ``evaluate``, whose score is the better the higher. The best score is released, the lower predicted
     loss where scores are equal. Raises ``InputError`` where no shape is within the latency.
     """
-    losses = np.atleast_2d(predict(shapes))
-    latency_s = np.empty(len(shapes))
+    losses, latency_s = np.atleast_2d(predict(shapes)), np.empty(len(shapes))
     for i in range(len(shapes)):
         progress(f"latency of {shapes[i]}, {i + 1} of {len(shapes)}")
         latency_s[i] = measure(shapes[i])
-    within = latency_s <= max_latency_s
-    if not within.any():
+    table = pd.DataFrame({"shape": [str(shapes[i]) for i in range(len(shapes))], "loss": losses[0], "latency_s": latency_s})
+    table["within"] = latency_s <= max_latency_s
+    if not table["within"].any():
         fastest = int(latency_s.argmin())
         raise InputError(
             f"no shape is within {max_latency_s:.4g} s: the fastest, {shapes[fastest]}, takes {latency_s[fastest]:.4g} s; "
             "raise the latency or give other shapes"
         )
-    ranked = np.flatnonzero(within)[np.argsort(losses[0, within], kind="stable")]
+    ranked = table[table["within"]].sort_values("loss", kind="stable").index.to_numpy()
     draws = losses[1:, ranked] if len(losses) > 1 else losses[:, ranked]
     odds = np.bincount(draws.argmin(axis=1), minlength=len(ranked)) / len(draws)
+    chosen = ranked[to_train(odds, contain)]
+    table["rank"] = pd.Series(range(1, len(ranked) + 1), ranked).reindex(table.index).astype("Int64")
+    table["probability_best"] = pd.Series(odds, ranked)
+    table["trained"] = table.index.isin(chosen)
     trained: dict[Shape, Trained] = {}
     scores = np.full(len(shapes), np.nan)
-    chosen = ranked[to_train(odds, contain)]
     for number, i in enumerate(chosen, start=1):
         progress(f"training {shapes[i]}, {number} of {len(chosen)}")
         trained[shapes[i]] = train(shapes[i])
         scores[i] = evaluate(trained[shapes[i]])
+    table["score"] = scores
     released = chosen[scores[chosen].argmax()]
-    position = pd.Series(range(1, len(ranked) + 1), index=ranked)
-    table = pd.DataFrame(
-        {
-            "shape": [str(shapes[i]) for i in range(len(shapes))],
-            "loss": losses[0],
-            "latency_s": latency_s,
-            "within": within,
-            "rank": position.reindex(range(len(shapes))).astype("Int64"),
-            "probability_best": pd.Series(odds, index=ranked).reindex(range(len(shapes))),
-            "trained": np.isin(np.arange(len(shapes)), chosen),
-            "score": scores,
-        }
-    )
     return Study(shapes[released], trained, table)

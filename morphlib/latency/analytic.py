@@ -44,7 +44,7 @@ from morphlib.errors import InputError
 from morphlib.latency import DATA, hardware
 from morphlib.latency.hardware import Estimate, Hardware
 from morphlib.laws import Array
-from morphlib.shapes import Bits, Shape, Shapes
+from morphlib.shapes import BITS, Bits, Shape, Shapes
 
 Mode = Literal["eager", "compiled", "graph"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -80,7 +80,7 @@ class Workload:
 
     ``architecture`` names the code that runs the shape, a row of `operations`; ``latent_width`` is the numbers cached
     per token and layer with multi-head latent attention; ``kv_bits`` is 16 unless given, or 32 with 32-bit weights.
-    Raises ``InputError`` for numbers below 1 and an architecture whose operations nobody counted.
+    Raises ``InputError`` for numbers below 1, bits that are not counted and an architecture whose operations nobody counted.
     """
 
     batch: int = 1
@@ -92,9 +92,12 @@ class Workload:
     latent_width: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "in_tokens", "out_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give a whole number of at least 1")
+        for name in ("batch", "in_tokens", "out_tokens", "latent_width"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise InputError(f"{name} is {number}; give a whole number of at least 1")
+        for bits in (self.weight_bits, self.kv_bits or self.number_bits):
+            if bits not in BITS:
+                raise InputError(f"{bits} bits are not counted; choose one of {', '.join(map(str, BITS))}")
         if self.architecture not in _table("operations").index:
             known = ", ".join(_table("operations").index)
             raise InputError(f"the operations of {self.architecture!r} are not counted; choose one of {known}")
@@ -276,11 +279,8 @@ class Machine:
 
     def check_room(self, shape: Shape, work: Workload) -> None:
         """Raise ``InputError`` where weights and cache do not fit the device."""
-        try:
-            needed = work.memory_bytes(shape)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        if needed > (memory := self.device.memory_bytes):
+        needed, memory = work.memory_bytes(shape), self.device.memory_bytes
+        if needed > memory:
             room = f"{needed / 1e9:.1f} GB of weights and cache do not fit the {memory / 1e9:.0f} GB of {self.device.name}"
             raise InputError(f"{shape}: {room}; take fewer bits, a smaller batch or shorter texts")
 

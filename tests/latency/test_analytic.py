@@ -240,7 +240,7 @@ def test_grouped_and_latent_attention_save_time_with_long_contexts():
         ({"out_tokens": -1}, "out_tokens is -1"),
         ({"weight_bits": 3}, "3 bits are not counted"),
         ({"kv_bits": 5}, "5 bits are not counted"),
-        ({"latent_width": 0}, "latent width is 0"),
+        ({"latent_width": 0}, "latent_width is 0"),
         ({"weight_bits": 32}, "that of 16 bits"),
         ({"batch": 4096}, "do not fit the 40 GB of A100-40GB; take fewer bits"),
     ],
