@@ -296,24 +296,22 @@ def select(
     every, ranges = scored(fit, latencies, caps.tokens), fitted_ranges(table, fit)
     if (without_latency(fit, latencies.shapes, 2 * caps.tokens, latencies.work)["loss"] > every["loss"]).all():
         raise InputError("by this fit more tokens raise the loss, so it cannot choose; add runs that vary N and D apart")
-    outside = {
-        f"range of {name}": ~every[RANGES[name]].between(low / EDGE, high * EDGE).to_numpy()
-        for name, (low, high) in ranges.items()
-    }
-    beyond = {name: (every[column] > getattr(caps, name) * EDGE).to_numpy() for name, (column, *_) in CAPPED.items()}
-    reasons = {"memory": ~every["fits"].to_numpy(dtype=bool), **({} if extrapolate else outside), **beyond}
-    left_out, kept = {}, np.ones(len(every), dtype=bool)
-    for reason, out in reasons.items():
-        left_out[reason] = int((kept & out).sum())
-        kept &= ~out
+    # which shapes each reason leaves out, those that no cap can mend first
+    outside = pd.DataFrame(
+        {f"range of {name}": ~every[RANGES[name]].between(low / EDGE, high * EDGE) for name, (low, high) in ranges.items()}
+    )
+    beyond = pd.DataFrame({name: every[column] > getattr(caps, name) * EDGE for name, (column, *_) in CAPPED.items()})
+    out = pd.concat([~every["fits"].rename("memory"), outside.iloc[:, : 0 if extrapolate else None], beyond], axis=1)
+    kept = ~out.any(axis=1).to_numpy()
     if not kept.any():
-        raise InputError(_nearest(every, latencies.shapes, caps, reasons, ranges))
+        raise InputError(_nearest(every, latencies.shapes, caps, out, ranges))
+    first_reason = out[~kept].idxmax(axis=1)
 
-    eligible = ~np.any([out for reason, out in reasons.items() if reason != "latency_s"], axis=0)
+    eligible = ~out.drop(columns="latency_s").any(axis=1).to_numpy()
     shapes, inside = latencies.shapes.where(eligible), kept[eligible]
     listed = every[eligible].reset_index(drop=True)
     listed["shape"] = [str(shapes[i]) for i in range(len(shapes))]
-    listed["extrapolated"] = np.any([out[eligible] for out in outside.values()], axis=0)
+    listed["extrapolated"] = outside[eligible].any(axis=1).to_numpy()
     best = int(np.flatnonzero(inside)[listed["loss"].to_numpy()[inside].argmin()])
     probabilities: dict[str, float] = {}
     if parameters is not None:
@@ -333,13 +331,13 @@ def select(
         binding = (*(name for name, s in saved.items() if s > WORTH), *found.at_edge)
     else:
         # without it another shape of the table, that meets the other caps, would be better
-        others = {name: ~np.any([out for reason, out in reasons.items() if reason != name], axis=0) for name in reasons}
-        binding = tuple(n for n, rest in others.items() if n == "tokens" or every["loss"][rest].min() < candidates["loss"][0])
+        least = {name: every["loss"][~out.drop(columns=name).any(axis=1)].min() for name in out}
+        binding = tuple(name for name in out if name == "tokens" or least[name] < candidates["loss"][0])
     return Selection(
         chosen=shapes[best],
         candidates=candidates,
         front=listed[undominated(listed["loss"].to_numpy(), listed["latency_s"].to_numpy())].sort_values("latency_s"),
-        left_out={reason: n for reason, n in left_out.items() if n},
+        left_out={reason: n for reason in out if (n := int((first_reason == reason).sum()))},
         binding_caps=binding,
         shadow_prices=prices,
         optimum=found,
@@ -347,13 +345,11 @@ def select(
     )
 
 
-def _nearest(
-    every: pd.DataFrame, shapes: Shapes, caps: Caps, reasons: dict[str, np.ndarray], ranges: dict[str, tuple[float, float]]
-) -> str:
+def _nearest(every: pd.DataFrame, shapes: Shapes, caps: Caps, out: pd.DataFrame, ranges: dict[str, tuple[float, float]]) -> str:
     """Why no shape is left: the one that comes nearest to the caps, or the reason that leaves most out."""
-    hard = np.any([out for reason, out in reasons.items() if reason not in CAPPED], axis=0)
-    if hard.all():
-        reason = max((reason for reason in reasons if reason not in CAPPED), key=lambda reason: reasons[reason].sum())
+    hard = out.drop(columns=list(CAPPED))
+    if hard.any(axis=1).all():
+        reason = str(hard.sum().idxmax())
         where = "they do not fit the memory; take fewer bits, a smaller batch or shorter texts"
         if reason != "memory":
             name = reason.removeprefix("range of ")
@@ -363,8 +359,8 @@ def _nearest(
             where = f"{name} of {there} is outside {low:.4g} to {high:.4g}, the range of the fitted rows"
             where += "; change the caps, or extrapolate"
         return f"none of {len(every)} shapes is left: {where}"
-    ratios = pd.DataFrame({name: every[column] / getattr(caps, name) for name, (column, *_) in CAPPED.items()})[~hard]
-    nearest = int(ratios.max(axis=1).idxmin())
+    ratios = pd.DataFrame({name: every[column] / getattr(caps, name) for name, (column, *_) in CAPPED.items()})
+    nearest = int(ratios[~hard.any(axis=1)].max(axis=1).idxmin())
     needed = ", ".join(
         f"{name} {every[CAPPED[name][0]][nearest]:.4g} where {getattr(caps, name):.4g} is allowed"
         for name in CAPPED
@@ -472,15 +468,13 @@ def optimum(
     def at(log_width: float, log_depth: float) -> tuple[dict[str, float], list[float]]:
         """The numbers of a shape, and the pieces that its latency is the greatest of: that one has a kink, they have not."""
         width = np.exp([log_width])
-        shape = Shapes(
+        shape = replace(
+            Shapes.of([like]),
             d_model=width,
             n_layers=np.exp([log_depth]),
             n_heads=np.ones(1),
             n_kv_heads=np.array([like.n_kv_heads / like.n_heads]),
             d_ff=width * like.d_ff / like.d_model,
-            vocab=np.array([float(like.vocab)]),
-            tied=np.array([like.tied]),
-            norm=like.norm,
         )
         numbers = without_latency(fit, shape, caps.tokens, work)
         numbers["latency_s"] = machine.times(shape, work, machine.at("value"))["e2e_s"]
