@@ -248,7 +248,7 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
         "predictions": predictions.to_dict(orient="records"),
         **_ending(table, fit),
         # residuals say which rows stand out only where the fit is that of their squares
-        "audit": [f.sentence for f in diagnostics.audit(table, fit if arguments.loss == "squared" else None)],
+        "audit": diagnostics.audit(table, fit if arguments.loss == "squared" else None),
         "shapes_left_out": _shapes_left_out(table, fit, arguments.fit_on, weights),
         "information_criteria": diagnostics.information_criteria(fit, table, assume_independent=True)._asdict(),
     }
