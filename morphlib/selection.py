@@ -332,12 +332,12 @@ def select(
     else:
         # without it another shape of the table, that meets the other caps, would be better
         least = {name: every["loss"][~out.drop(columns=name).any(axis=1)].min() for name in out}
-        binding = tuple(name for name in out if name == "tokens" or least[name] < candidates["loss"][0])
+        binding = tuple(str(name) for name in out if name == "tokens" or least[name] < candidates["loss"][0])
     return Selection(
         chosen=shapes[best],
         candidates=candidates,
         front=listed[undominated(listed["loss"].to_numpy(), listed["latency_s"].to_numpy())].sort_values("latency_s"),
-        left_out={reason: n for reason in out if (n := int((first_reason == reason).sum()))},
+        left_out={str(reason): n for reason in out if (n := int((first_reason == reason).sum()))},
         binding_caps=binding,
         shadow_prices=prices,
         optimum=found,
@@ -360,7 +360,7 @@ def _nearest(every: pd.DataFrame, shapes: Shapes, caps: Caps, out: pd.DataFrame,
             where += "; change the caps, or extrapolate"
         return f"none of {len(every)} shapes is left: {where}"
     ratios = pd.DataFrame({name: every[column] / getattr(caps, name) for name, (column, *_) in CAPPED.items()})
-    nearest = int(ratios[~hard.any(axis=1)].max(axis=1).idxmin())
+    nearest = int(ratios.max(axis=1).where(~hard.any(axis=1)).argmin())
     needed = ", ".join(
         f"{name} {every[CAPPED[name][0]][nearest]:.4g} where {getattr(caps, name):.4g} is allowed"
         for name in CAPPED
