@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -81,9 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
     of_table = _Parser(add_help=False)
     of_table.add_argument("--count", choices=CONVENTIONS, help="how N is counted; converts a table that counts otherwise")
-    of_table.add_argument(
-        "--map", type=_mapping, metavar="NAME=COLUMN,...", help="columns of the file that have other names, n_params=N,tokens=D"
-    )
+    mapped = "columns of the file that have other names, n_params=N,tokens=D"
+    of_table.add_argument("--map", type=_mapping, metavar="NAME=COLUMN,...", help=mapped)
     averaged = "average the log that column 'log' names, as the paper does"
     of_table.add_argument("--average-logs", action="store_true", help=averaged)
     of_table.add_argument("--fit-on", metavar="COLUMN", help="fit only the rows with 1 in this 0/1 column")
@@ -92,29 +92,22 @@ def _parser() -> argparse.ArgumentParser:
     table = _Parser(add_help=False, parents=[of_table])
     table.add_argument("runs", metavar="RUNS", help=which)
     law = _Parser(add_help=False)
-    law.add_argument(
-        "--law",
-        type=_law,
-        default="inference-aware",
-        metavar="LAW",
-        help=f"{', '.join(laws.NAMES)}, or BASE+SHAPE with SHAPE one of {', '.join(laws.SHAPE_TERMS)} (default: %(default)s)",
-    )
-    law.add_argument(
-        "--exponents",
-        choices=laws.EXPONENTS,
-        default="tied",
-        help="tied: alpha = beta = gamma; gamma: only gamma freed; free: each free (default: %(default)s)",
-    )
+    named = f"{', '.join(laws.NAMES)}, or BASE+SHAPE with SHAPE one of {', '.join(laws.SHAPE_TERMS)} (default: %(default)s)"
+    law.add_argument("--law", type=_law, default="inference-aware", metavar="LAW", help=named)
+    freed = "tied: alpha = beta = gamma; gamma: only gamma freed; free: each free (default: %(default)s)"
+    law.add_argument("--exponents", choices=laws.EXPONENTS, default="tied", help=freed)
 
     columns = "A run table is a CSV file with the columns name, n_params, d_model, n_layers, tokens and loss (nats per token), "
     columns += "and n_count to say how n_params is counted."
-    fit = commands.add_parser(
-        "fit",
-        parents=[table, law],
-        help="fit a scaling law to a table of runs",
-        description="Fit a scaling law to a table of runs and report how well the runs determine it.",
-        epilog=f"{columns} Errors called mape are mean absolute errors in percent.",
-    )
+
+    def add(name: str, run: Callable[..., Any], show: Callable[..., None], parents: Any, about: str, more: str = "") -> Any:
+        # the docstring of what a command runs is its description
+        command = commands.add_parser(name, parents=parents, help=about, description=run.__doc__, epilog=f"{columns}{more}")
+        command.set_defaults(run=run, show=show)
+        return command
+
+    errors = " Errors called mape are mean absolute errors in percent."
+    fit = add("fit", _fit, _show_fit, [table, law], "fit a scaling law to a table of runs", errors)
     fit.add_argument("--published", action="store_true", help="fit exactly as the authors' code does")
     fit.add_argument("--allow-negative", action="store_true", help="let coefficients fall below zero")
     fit.add_argument("--loss", choices=_LOSSES, default="squared", help="log-huber is of ln L (default: %(default)s)")
@@ -124,45 +117,24 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--bootstrap", type=_number(2), metavar="N", help="refit N resamples and report 95 %% intervals")
     fit.add_argument("--cluster", metavar="COLUMN", help="rows with one value of this column, such as name, share errors")
     fit.add_argument("--predict", metavar="CSV", help="also predict the loss of these runs; the file needs no loss")
-    fit.set_defaults(run=_fit, show=_show_fit)
-
-    compare = commands.add_parser(
-        "compare",
-        parents=[table],
-        help="compare laws by their error on held-out runs",
-        description="Compare laws by their error on runs that the fit has not seen, best first.",
-        epilog=columns,
-    )
+    compare = add("compare", _compare, _show_rows("laws"), [table], "compare laws by their error on held-out runs")
     compare.add_argument("--holdout", choices=_HOLDOUTS, default="shape", help="what is held out (default: %(default)s)")
     compare.add_argument("--law", type=_law, action="append", metavar="LAW", help="may be repeated (default: all)")
     compare.add_argument("--exponents", choices=laws.EXPONENTS, help="(default: tied and free)")
-    compare.set_defaults(run=_compare, show=_show_rows("laws"))
-
-    design = commands.add_parser(
-        "design",
-        parents=[table, law],
-        help="rank the runs to train next",
-        description="Rank candidate runs by how much training one more of them would teach per FLOP (6 N D), best first.",
-        epilog=f"{columns} Candidates need no loss.",
-    )
+    unmeasured = " Candidates need no loss."
+    design = add("design", _design, _show_rows("candidates"), [table, law], "rank the runs to train next", unmeasured)
     design.add_argument("--candidates", required=True, metavar="CSV", help="the runs that could be trained")
     aim = design.add_mutually_exclusive_group()
     aim.add_argument("--target", metavar="CSV", help="runs whose predicted loss shall become surer")
     aim.add_argument("--parameter", metavar="NAME", help="the parameter that shall become surer")
-    design.set_defaults(run=_design, show=_show_rows("candidates"))
-    _add_select(commands, [of_table, law], columns)
+    about = "choose the shape to train under caps on parameters, tokens and latency"
+    of_latency = " Latency is end to end, predicted for a GPU unless --latencies gives it."
+    _add_options_of_select(add("select", _select, _show_select, [of_table, law], about, of_latency))
     latency.add_commands(commands, _Parser, _number(1))
     return parser
 
 
-def _add_select(commands: Any, parents: list[argparse.ArgumentParser], columns: str) -> None:
-    select = commands.add_parser(
-        "select",
-        parents=parents,
-        help="choose the shape to train under caps on parameters, tokens and latency",
-        description="Choose the shape of least predicted loss under caps on parameters, training tokens and latency.",
-        epilog=f"{columns} Latency is end to end, predicted for a GPU unless --latencies gives it.",
-    )
+def _add_options_of_select(select: argparse.ArgumentParser) -> None:
     add = select.add_argument
     add("--runs", default="paper", metavar="RUNS", help="'paper' or the path of a CSV file (default: %(default)s)")
     for name, unit in (
@@ -200,7 +172,6 @@ def _add_select(commands: Any, parents: list[argparse.ArgumentParser], columns: 
     add("--contain", type=float, default=0.9, metavar="P", help="probability that those to train contain the best")
     select.add_argument("--inference-tokens", type=_above_zero, metavar="X", help="also choose by training and inference FLOPs")
     select.add_argument("--top", type=_number(1), default=20, metavar="N", help="candidates to list (default: %(default)s)")
-    select.set_defaults(run=_select, show=_show_select)
 
 
 def _given(arguments: argparse.Namespace, *names: str, prefix: str = "") -> dict[str, Any]:
@@ -218,6 +189,7 @@ def _load(arguments: argparse.Namespace, source: str | None = None, count: Conve
 
 
 def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fit a scaling law to a table of runs and report how well the runs determine it."""
     from morphlib import diagnostics, fitting, uncertainty  # scipy and pandas: only when a fit is asked for
 
     table = _load(arguments)
@@ -234,6 +206,11 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         options = {"loss": arguments.loss, "positive": not arguments.allow_negative, "weights": weights}
         fit = fitting.fit(table, law, arguments.fit_on, **options)
+    left_out = None  # where the fit is not one of squares, or the table leaves too little
+    with suppress(InputError):
+        if fit.loss == "squared":
+            errors = diagnostics.held_out_losses(table, law, "shape", arguments.fit_on, weights=weights).metrics
+            left_out = {"n": errors.n, "rmse": errors.rmse, "mape": errors.mape}
     metrics = {use: asdict(value) for use, value in diagnostics.metrics_by_use(table, fit).items()}
     predictions = table[["name", "tokens", "loss"]].assign(loss_predicted=fit.loss_predicted)
     parameters: dict[str, dict[str, Any]] = {
@@ -249,7 +226,7 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
         **_ending(table, fit),
         # residuals say which rows stand out only where the fit is that of their squares
         "audit": diagnostics.audit(table, fit if arguments.loss == "squared" else None),
-        "shapes_left_out": _shapes_left_out(table, fit, arguments.fit_on, weights),
+        "shapes_left_out": left_out,
         "information_criteria": diagnostics.information_criteria(fit, table, assume_independent=True)._asdict(),
     }
     intervals = _intervals(arguments, table, fit)
@@ -274,19 +251,6 @@ def _ending(table: pd.DataFrame, fit: Fit) -> dict[str, Any]:
         "status": {"code": fit.status.name.lower(), "message": fit.status.value},
         "verdict": {"identified": verdict.identified, "sentences": list(verdict.sentences)},
     }
-
-
-def _shapes_left_out(table: pd.DataFrame, fit: Fit, fit_on: str | None, weights: pd.Series | None) -> dict[str, Any] | None:
-    """Errors over rows predicted without their shape, by least squares; None where that is another fit or leaves too little."""
-    from morphlib import diagnostics
-
-    if fit.loss != "squared":
-        return None
-    try:
-        errors = diagnostics.held_out_losses(table, fit.law, "shape", fit_on, weights=weights).metrics
-    except InputError:
-        return None
-    return {"n": errors.n, "rmse": errors.rmse, "mape": errors.mape}
 
 
 def _intervals(arguments: argparse.Namespace, table: pd.DataFrame, fit: Fit) -> dict[str, Any] | None:
@@ -316,6 +280,7 @@ def _intervals(arguments: argparse.Namespace, table: pd.DataFrame, fit: Fit) -> 
 
 
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compare laws by their error on runs that the fit has not seen, best first."""
     from morphlib import diagnostics
 
     table = _load(arguments)
@@ -328,6 +293,7 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _design(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rank candidate runs by how much training one more of them would teach per FLOP (6 N D), best first."""
     from morphlib import design, fitting
 
     table = _load(arguments)
@@ -339,6 +305,7 @@ def _design(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _select(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Choose the shape of least predicted loss under caps on parameters, training tokens and latency."""
     from morphlib import fitting, selection, uncertainty
     from morphlib.latency.analytic import Machine, Workload
     from morphlib.shapes import candidates
