@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -43,6 +43,7 @@ CONTAIN = 0.9  # probability that the candidates to train contain the best one
 NOT_WORSE = 0.05  # a candidate that is no worse than the chosen one more often than this cannot be told apart from it
 SHAPE_VARIABLES = {"R", "d", "L", "W", "M"}
 RANGES = {"N": "n_params", "D": "tokens", "R": "aspect_ratio"}
+Ranges = dict[str, tuple[float, float]]  # the least and the greatest N, D and R
 EDGE = 1 + 1e-9  # rounding of a limit that a shape meets exactly
 PRICE_STEP = 0.01  # of a cap, by which it is raised to see what that is worth
 WORTH = 1e-6  # nats that a raised cap must save to be called binding; the solver is good to a hundredth of it
@@ -225,7 +226,7 @@ def scored(fit: Fit, latencies: Latencies, tokens: float) -> pd.DataFrame:
     )
 
 
-def fitted_ranges(table: pd.DataFrame, fit: Fit) -> dict[str, tuple[float, float]]:
+def fitted_ranges(table: pd.DataFrame, fit: Fit) -> Ranges:
     """The least and the greatest N, D and R of the rows of ``table`` that were fitted."""
     variables = runs.variables(fit.rows(table))
     return {name: (float(variables[name].min()), float(variables[name].max())) for name in RANGES}
@@ -316,7 +317,8 @@ def select(
     probabilities: dict[str, float] = {}
     if parameters is not None:
         deviation = _run_deviation(table, fit) if run_noise else 0.0
-        columns, probabilities = _odds(listed, fit, latencies.where(eligible), caps, parameters, inside, best, deviation, seed)
+        drawn = latencies.where(eligible)
+        columns, probabilities = _odds(listed, fit, drawn, caps.latency_s, parameters, best, deviation, seed)
         listed = listed.assign(**columns)
     candidates = listed[inside].sort_values("loss", kind="stable").reset_index(drop=True)
     if parameters is not None:
@@ -345,7 +347,7 @@ def select(
     )
 
 
-def _nearest(every: pd.DataFrame, shapes: Shapes, caps: Caps, out: pd.DataFrame, ranges: dict[str, tuple[float, float]]) -> str:
+def _nearest(every: pd.DataFrame, shapes: Shapes, caps: Caps, out: pd.DataFrame, ranges: Ranges) -> str:
     """Why no shape is left: the one that comes nearest to the caps, or the reason that leaves most out."""
     hard = out.drop(columns=list(CAPPED))
     if hard.any(axis=1).all():
@@ -377,29 +379,22 @@ def _run_deviation(table: pd.DataFrame, fit: Fit) -> float:
 
 
 def _odds(
-    listed: pd.DataFrame,
-    fit: Fit,
-    latencies: Latencies,
-    caps: Caps,
-    parameters: Array,
-    candidate: np.ndarray,
-    best: int,
-    deviation: float,
-    seed: int,
+    listed: pd.DataFrame, fit: Fit, latencies: Latencies, cap_s: float, refits: Array, best: int, deviation: float, seed: int
 ) -> tuple[dict[str, Array], dict[str, float]]:
-    """What the draws say of every listed shape, those with a latency above the cap (not ``candidate``) among them.
+    """What the draws say of every listed shape, those with a latency above the cap, which are no candidates, among them.
 
     Memory is some 35 bytes for each draw and shape, beside the chunk at work.
     """
-    n_draws, n_shapes = len(parameters), len(listed)
+    n_draws, n_shapes = len(refits), len(listed)
+    candidate = (listed["latency_s"] <= cap_s * EDGE).to_numpy()
     variables, rng = runs.variables(listed), np.random.default_rng(seed)
     loss, within = np.empty((n_draws, n_shapes)), np.empty((n_draws, n_shapes), dtype=bool)
     step = max(1, CHUNK_NUMBERS // n_shapes)
     for start in range(0, n_draws, step):
-        chunk = parameters[start : start + step]
+        chunk = refits[start : start + step]
         noise = deviation * rng.standard_normal((len(chunk), n_shapes)) if deviation else 0.0
         loss[start : start + step] = fit.law.predict(chunk, variables) + noise
-        within[start : start + step] = latencies.drawn(len(chunk), rng) <= caps.latency_s
+        within[start : start + step] = latencies.drawn(len(chunk), rng) <= cap_s
     counted = np.where(within, loss, np.inf)
     least = counted[:, candidate].min(axis=1)
     some = np.isfinite(least)
@@ -451,9 +446,7 @@ def _finite(caps: Caps) -> list[str]:
     return [name for name in CAPPED if np.isfinite(getattr(caps, name))]
 
 
-def optimum(
-    fit: Fit, like: Shape, latencies: Predicted, caps: Caps, ranges: dict[str, tuple[float, float]] | None = None
-) -> Optimum:
+def optimum(fit: Fit, like: Shape, latencies: Predicted, caps: Caps, ranges: Ranges | None = None) -> Optimum:
     """The least loss within the caps over any width and depth, by sequential quadratic programming (SLSQP of scipy).
 
     The rest of the shape follows ``like``, which must be within the caps: the feed-forward layer and the heads of keys
@@ -513,13 +506,7 @@ def optimum(
     )
 
 
-def lifetime(
-    fit: Fit,
-    shapes: Shapes,
-    loss: float,
-    inference_tokens: float,
-    ranges: dict[str, tuple[float, float]] | None = None,
-) -> pd.DataFrame:
+def lifetime(fit: Fit, shapes: Shapes, loss: float, inference_tokens: float, ranges: Ranges | None = None) -> pd.DataFrame:
     """What each shape costs over its life if it is trained until it has that loss: columns ``tokens`` and ``flops``.
 
     Sardana et al. 2024 (arXiv 2401.00448, section 2): 6 N D + 2 N D_inference FLOPs, with D the tokens at which
@@ -546,11 +533,7 @@ def lifetime(
     return pd.DataFrame({"tokens": tokens, "flops": 6 * n_params * tokens + 2 * n_params * inference_tokens})
 
 
-Trained = TypeVar("Trained")
-
-
-@dataclass(frozen=True, slots=True)
-class Study(Generic[Trained]):
+class Study(NamedTuple):
     """What `predict_rank_select` did: the ``released`` shape, what was ``trained``, and a table with every shape.
 
     Its columns: shape, loss, latency_s, within (the cap), rank (by predicted loss, of those within), probability_best,
@@ -558,7 +541,7 @@ class Study(Generic[Trained]):
     """
 
     released: Shape
-    trained: dict[Shape, Trained]
+    trained: dict[Shape, Any]
     table: pd.DataFrame
 
 
@@ -567,12 +550,12 @@ def predict_rank_select(
     *,
     predict: Callable[[Shapes], Array],
     measure: Callable[[Shape], float],
-    train: Callable[[Shape], Trained],
-    evaluate: Callable[[Trained], float],
+    train: Callable[[Shape], Any],
+    evaluate: Callable[[Any], float],
     max_latency_s: float,
     contain: float = CONTAIN,
     progress: Callable[[str], None] = lambda line: None,
-) -> Study[Trained]:
+) -> Study:
     """The paper's method (section 2.3 and figure 6) with every step given: the best shape within a latency.
 
     ``predict`` gives losses of all n shapes, shape (1 + k, n): a row of values, then k draws. ``measure`` gives the
@@ -600,7 +583,7 @@ def predict_rank_select(
     table["rank"] = pd.Series(range(1, len(ranked) + 1), ranked).reindex(table.index).astype("Int64")
     table["probability_best"] = pd.Series(odds, ranked)
     table["trained"] = table.index.isin(chosen)
-    trained: dict[Shape, Trained] = {}
+    trained: dict[Shape, Any] = {}
     scores = np.full(len(shapes), np.nan)
     for number, i in enumerate(chosen, start=1):
         progress(f"training {shapes[i]}, {number} of {len(chosen)}")
