@@ -16,10 +16,12 @@ from scipy.special import stdtrit
 from morphlib import fitting, runs
 from morphlib.errors import InputError
 from morphlib.fitting import Fit, Status
-from morphlib.laws import Array, Law
+from morphlib.laws import Array, Law, Values
 
 Holdout = Literal["shape", "size", "largest-n", "widest-r"]
 HOLDOUTS: tuple[Holdout, ...] = get_args(Holdout)
+
+Correlations = Mapping[tuple[str, str], float]
 
 SOUND = (Status.CONVERGED, Status.NEGATIVE)  # negative coefficients make no sense, but the rows determine them
 CONFOUNDED = 0.99  # |correlation| of two estimates beyond which a change of one undoes a change of the other
@@ -104,7 +106,7 @@ class Verdict(NamedTuple):
 
     identified: bool
     sentences: tuple[str, ...]
-    correlations: Mapping[tuple[str, str], float]
+    correlations: Correlations
     undetermined: tuple[str, ...]
     confounded: tuple[tuple[str, str, float], ...]
 
@@ -151,7 +153,7 @@ def _plain(names: Iterable[str]) -> dict[str, None]:
     return dict.fromkeys(runs.POWER_OF.get(name, name) for name in names)
 
 
-def _natural_scale(law: Law, name: str, value: float, variables: Mapping[str, Array]) -> float:
+def _natural_scale(law: Law, name: str, value: float, variables: Values) -> float:
     """The standard error beyond which a parameter is undetermined."""
     if name.startswith("log_"):
         return float(np.ptp(np.log(variables[name[4]])))
@@ -187,9 +189,7 @@ def _about_parameters(fit: Fit, undetermined: tuple[str, ...], confounded: tuple
         yield f"Only {at_best} of {fit.n_starts} starts ended at the best optimum, so a better one may exist; raise n_starts."
 
 
-def _about_rows(
-    law: Law, variables: Mapping[str, Array], correlations: Mapping[tuple[str, str], float], undetermined: tuple[str, ...]
-) -> Iterator[str]:
+def _about_rows(law: Law, variables: Values, correlations: Correlations, undetermined: tuple[str, ...]) -> Iterator[str]:
     """What about the rows leaves parameters open, each with the runs that would mend it."""
     read = _plain(law.variables)
     budget = variables["D"] / variables["N"]
