@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,12 +96,10 @@ class Predicted:
         fits = self.work.memory_bytes(self.shapes) <= self.machine.device.memory_bytes
         return pd.DataFrame(times).assign(latency_kind="predicted", fits=fits)
 
-    def drawn(self, n_draws: int, rng: np.random.Generator) -> Array:
-        """Latencies in seconds, shape (n_draws, n)."""
-        return np.asarray(self.machine.times(self.shapes, self.work, self.machine.drawn(n_draws, rng))["e2e_s"])
-
-    def where(self, mask: np.ndarray) -> Predicted:
-        return replace(self, shapes=self.shapes.where(mask))
+    def drawn(self, mask: np.ndarray, n_draws: int, rng: np.random.Generator) -> Array:
+        """Latencies in seconds of the n shapes that a boolean array picks, shape (n_draws, n)."""
+        constants = self.machine.drawn(n_draws, rng)
+        return np.asarray(self.machine.times(self.shapes.where(mask), self.work, constants)["e2e_s"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +165,14 @@ class Tabled:
     def estimates(self) -> pd.DataFrame:
         return self.rows
 
-    def drawn(self, n_draws: int, rng: np.random.Generator) -> Array:
-        low, value, high = (self.rows[name].to_numpy() for name in LATENCIES)
+    def drawn(self, mask: np.ndarray, n_draws: int, rng: np.random.Generator) -> Array:
+        low, value, high = (self.rows[name].to_numpy()[mask] for name in LATENCIES)
         z = rng.standard_normal((n_draws, len(value))) / 1.96
         return np.asarray(value * np.exp(np.where(z > 0, z * np.log(high / value), z * np.log(value / low))))
 
-    def where(self, mask: np.ndarray) -> Tabled:
-        return replace(self, shapes=self.shapes.where(mask), rows=self.rows[mask].reset_index(drop=True))
-
 
 Latencies = Predicted | Tabled
+Draw = Callable[[int, np.random.Generator], Array]
 
 
 def _as_latencies(rows: pd.DataFrame, where: str) -> tuple[pd.DataFrame, Workload]:
@@ -317,7 +313,7 @@ def select(
     probabilities: dict[str, float] = {}
     if parameters is not None:
         deviation = _run_deviation(table, fit) if run_noise else 0.0
-        drawn = latencies.where(eligible)
+        drawn = partial(latencies.drawn, eligible)
         columns, probabilities = _odds(listed, fit, drawn, caps.latency_s, parameters, best, deviation, seed)
         listed = listed.assign(**columns)
     candidates = listed[inside].sort_values("loss", kind="stable").reset_index(drop=True)
@@ -379,7 +375,7 @@ def _run_deviation(table: pd.DataFrame, fit: Fit) -> float:
 
 
 def _odds(
-    listed: pd.DataFrame, fit: Fit, latencies: Latencies, cap_s: float, refits: Array, best: int, deviation: float, seed: int
+    listed: pd.DataFrame, fit: Fit, drawn: Draw, cap_s: float, refits: Array, best: int, deviation: float, seed: int
 ) -> tuple[dict[str, Array], dict[str, float]]:
     """What the draws say of every listed shape, those with a latency above the cap, which are no candidates, among them.
 
@@ -394,7 +390,7 @@ def _odds(
         chunk = refits[start : start + step]
         noise = deviation * rng.standard_normal((len(chunk), n_shapes)) if deviation else 0.0
         loss[start : start + step] = fit.law.predict(chunk, variables) + noise
-        within[start : start + step] = latencies.drawn(len(chunk), rng) <= cap_s
+        within[start : start + step] = drawn(len(chunk), rng) <= cap_s
     counted = np.where(within, loss, np.inf)
     least = counted[:, candidate].min(axis=1)
     some = np.isfinite(least)
