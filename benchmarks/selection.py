@@ -19,7 +19,7 @@ import numpy as np
 
 from morphlib import fitting, laws, runs, selection, uncertainty
 from morphlib.latency import analytic
-from morphlib.latency.analytic import Model
+from morphlib.latency.analytic import Machine
 from morphlib.selection import Caps, Predicted
 from morphlib.shapes import Shapes, candidates
 
@@ -54,12 +54,12 @@ def main() -> None:
     table = runs.load("paper")
     fit = fitting.fit(table, laws.get("inference-aware"))
     refits = uncertainty.bootstrap(table, fit, 1000, cluster="name").values
-    model = Model.of("A100-40GB")
+    machine = Machine.of("A100-40GB")
     print(f"{platform.machine()}, one thread, numpy {np.__version__}, median of {REPEATS} runs\n")
 
     print(f"{'loss, latency and memory of each shape':<44}{'shapes':>8}{'seconds':>10}{'peak MB':>10}")
     for n in (1_000, 10_000, 100_000):
-        latencies = Predicted(spread(n), model)
+        latencies = Predicted(spread(n), machine)
         seconds, peak = timed(lambda latencies=latencies: selection.scored(fit, latencies, CAPS.tokens))  # type: ignore[misc]
         print(f"{'all at once':<44}{n:>8}{seconds:>10.3f}{peak:>10.1f}")
     some = spread(500)
@@ -81,7 +81,7 @@ def main() -> None:
 
     print(f"\n{'selection with draws of law and latency':<36}{'draws':>8}{'shapes':>8}{'seconds':>10}{'peak MB':>10}")
     for n, draws in ((1_000, 1000), (5_000, 1000), (25_000, 1000), (5_000, 250)):
-        latencies, drawn = Predicted(spread(n), model), refits[:draws]
+        latencies, drawn = Predicted(spread(n), machine), refits[:draws]
         seconds, peak = timed(
             lambda latencies=latencies, drawn=drawn: selection.select(table, fit, latencies, CAPS, parameters=drawn)  # type: ignore[misc]
         )

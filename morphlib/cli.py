@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from morphlib.fitting import Fit
-    from morphlib.shapes import Shapes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,152 +82,102 @@ def _parser() -> argparse.ArgumentParser:
 
     of_table = _Parser(add_help=False)
     of_table.add_argument("--count", choices=CONVENTIONS, help="how N is counted; converts a table that counts otherwise")
-    of_table.add_argument(
-        "--map", type=_mapping, metavar="NAME=COLUMN,...", help="columns of the file that have other names, n_params=N,tokens=D"
-    )
-    of_table.add_argument(
-        "--average-logs",
-        action="store_true",
-        help="average the log that column 'log' names, as the paper does",
-    )
+    mapped = "columns of the file that have other names, n_params=N,tokens=D"
+    of_table.add_argument("--map", type=_mapping, metavar="NAME=COLUMN,...", help=mapped)
+    averaged = "average the log that column 'log' names, as the paper does"
+    of_table.add_argument("--average-logs", action="store_true", help=averaged)
     of_table.add_argument("--fit-on", metavar="COLUMN", help="fit only the rows with 1 in this 0/1 column")
     of_table.add_argument("--json", action="store_true", help="print one JSON object")
     which = "'paper' for the paper's 76 runs, or the path of a CSV file"
     table = _Parser(add_help=False, parents=[of_table])
     table.add_argument("runs", metavar="RUNS", help=which)
     law = _Parser(add_help=False)
-    law.add_argument(
-        "--law",
-        type=_law,
-        default="inference-aware",
-        metavar="LAW",
-        help=f"{', '.join(laws.NAMES)}, or BASE+SHAPE with SHAPE one of {', '.join(laws.SHAPE_TERMS)} (default: %(default)s)",
-    )
-    law.add_argument(
-        "--exponents",
-        choices=laws.EXPONENTS,
-        default="tied",
-        help="tied: alpha = beta = gamma; gamma: only gamma freed; free: each free (default: %(default)s)",
-    )
+    named = f"{', '.join(laws.NAMES)}, or BASE+SHAPE with SHAPE one of {', '.join(laws.SHAPE_TERMS)} (default: %(default)s)"
+    law.add_argument("--law", type=_law, default="inference-aware", metavar="LAW", help=named)
+    freed = "tied: alpha = beta = gamma; gamma: only gamma freed; free: each free (default: %(default)s)"
+    law.add_argument("--exponents", choices=laws.EXPONENTS, default="tied", help=freed)
 
     columns = "A run table is a CSV file with the columns name, n_params, d_model, n_layers, tokens and loss (nats per token), "
     columns += "and n_count to say how n_params is counted."
-    fit = commands.add_parser(
-        "fit",
-        parents=[table, law],
-        help="fit a scaling law to a table of runs",
-        description="Fit a scaling law to a table of runs and report how well the runs determine it.",
-        epilog=f"{columns} Errors called mape are mean absolute errors in percent.",
-    )
+
+    def add(name: str, run: Callable[..., Any], show: Callable[..., None], parents: Any, about: str, more: str = "") -> Any:
+        # the docstring of what a command runs is its description
+        command = commands.add_parser(name, parents=parents, help=about, description=run.__doc__, epilog=f"{columns}{more}")
+        command.set_defaults(run=run, show=show)
+        return command
+
+    errors = " Errors called mape are mean absolute errors in percent."
+    fit = add("fit", _fit, _show_fit, [table, law], "fit a scaling law to a table of runs", errors)
     fit.add_argument("--published", action="store_true", help="fit exactly as the authors' code does")
     fit.add_argument("--allow-negative", action="store_true", help="let coefficients fall below zero")
     fit.add_argument("--loss", choices=_LOSSES, default="squared", help="log-huber is of ln L (default: %(default)s)")
-    fit.add_argument(
-        "--weights", metavar="COLUMN", help="weights of the squared residuals: a row has noise of a variance of 1 / weight"
-    )
+    weights = "weights of the squared residuals: a row has noise of a variance of 1 / weight"
+    fit.add_argument("--weights", metavar="COLUMN", help=weights)
     fit.add_argument("--profile", action="store_true", help="report 95 %% intervals by the profile of the sum of squares")
     fit.add_argument("--bootstrap", type=_number(2), metavar="N", help="refit N resamples and report 95 %% intervals")
     fit.add_argument("--cluster", metavar="COLUMN", help="rows with one value of this column, such as name, share errors")
     fit.add_argument("--predict", metavar="CSV", help="also predict the loss of these runs; the file needs no loss")
-    fit.set_defaults(run=_fit, show=_show_fit)
-
-    compare = commands.add_parser(
-        "compare",
-        parents=[table],
-        help="compare laws by their error on held-out runs",
-        description="Compare laws by their error on runs that the fit has not seen, best first.",
-        epilog=columns,
-    )
+    compare = add("compare", _compare, _show_rows("laws"), [table], "compare laws by their error on held-out runs")
     compare.add_argument("--holdout", choices=_HOLDOUTS, default="shape", help="what is held out (default: %(default)s)")
     compare.add_argument("--law", type=_law, action="append", metavar="LAW", help="may be repeated (default: all)")
     compare.add_argument("--exponents", choices=laws.EXPONENTS, help="(default: tied and free)")
-    compare.set_defaults(run=_compare, show=_show_rows("laws"))
-
-    design = commands.add_parser(
-        "design",
-        parents=[table, law],
-        help="rank the runs to train next",
-        description="Rank candidate runs by how much training one more of them would teach per FLOP (6 N D), best first.",
-        epilog=f"{columns} Candidates need no loss.",
-    )
+    unmeasured = " Candidates need no loss."
+    design = add("design", _design, _show_rows("candidates"), [table, law], "rank the runs to train next", unmeasured)
     design.add_argument("--candidates", required=True, metavar="CSV", help="the runs that could be trained")
     aim = design.add_mutually_exclusive_group()
     aim.add_argument("--target", metavar="CSV", help="runs whose predicted loss shall become surer")
     aim.add_argument("--parameter", metavar="NAME", help="the parameter that shall become surer")
-    design.set_defaults(run=_design, show=_show_rows("candidates"))
-    _add_select(commands, [of_table, law], columns)
+    about = "choose the shape to train under caps on parameters, tokens and latency"
+    of_latency = " Latency is end to end, predicted for a GPU unless --latencies gives it."
+    _add_options_of_select(add("select", _select, _show_select, [of_table, law], about, of_latency))
     latency.add_commands(commands, _Parser, _number(1))
     training_commands.add_commands(commands, _Parser, _number, _above_zero)
     return parser
 
 
-def _add_select(commands: Any, parents: list[argparse.ArgumentParser], columns: str) -> None:
-    select = commands.add_parser(
-        "select",
-        parents=parents,
-        help="choose the shape to train under caps on parameters, tokens and latency",
-        description="Choose the shape of least predicted loss under caps on parameters, training tokens and latency.",
-        epilog=f"{columns} Latency is end to end, predicted for a GPU unless --latencies gives it.",
-    )
-    select.add_argument(
-        "--runs", default="paper", metavar="RUNS", help="'paper' or the path of a CSV file (default: %(default)s)"
-    )
+def _add_options_of_select(select: argparse.ArgumentParser) -> None:
+    add = select.add_argument
+    add("--runs", default="paper", metavar="RUNS", help="'paper' or the path of a CSV file (default: %(default)s)")
     for name, unit in (
         ("params", "parameters, as the table counts them"),
         ("tokens", "training tokens"),
         ("latency-s", "seconds"),
     ):
-        select.add_argument(f"--max-{name}", type=_above_zero, required=True, metavar="X", help=unit)
+        add(f"--max-{name}", type=_above_zero, required=True, metavar="X", help=unit)
     for name, unit in (("kv-bytes", "of the cache of keys and values at the end"), ("weight-bytes", "of the weights")):
-        select.add_argument(f"--max-{name}", type=_above_zero, default=math.inf, metavar="X", help=f"bytes {unit}")
-    select.add_argument("--gpu", default="A100-40GB", metavar="GPU", help="as in morph latency predict (default: %(default)s)")
-    select.add_argument("--mode", default="eager", metavar="MODE", help="eager, compiled or graph (default: %(default)s)")
-    select.add_argument(
-        "--latencies",
-        metavar="CSV",
-        help="choose among the shapes of this file, with columns shape and latency_s, or rows of morph latency measure; "
-        "GPU, mode and candidates are then not asked for",
-    )
+        add(f"--max-{name}", type=_above_zero, default=math.inf, metavar="X", help=f"bytes {unit}")
+    add("--gpu", default="A100-40GB", metavar="GPU", help="as in morph latency predict (default: %(default)s)")
+    add("--mode", default="eager", metavar="MODE", help="eager, compiled or graph (default: %(default)s)")
+    listed = "choose among the shapes of this file, with columns shape and latency_s, or rows of morph latency measure; "
+    add("--latencies", metavar="CSV", help=f"{listed}GPU, mode and candidates are then not asked for")
     for name in ("batch", "in-tokens", "out-tokens"):
-        select.add_argument(f"--{name}", type=_number(1), metavar="N", help="of the workload (default: 1, 128, 256)")
+        add(f"--{name}", type=_number(1), metavar="N", help="of the workload (default: 1, 128, 256)")
     for name in ("weight-bits", "kv-bits"):
-        select.add_argument(f"--{name}", type=int, choices=BITS, help="(default: 16)")
-    shapes = select.add_argument_group("candidates")
-    shapes.add_argument(
-        "--tolerance", type=float, default=1.0, metavar="X", help="only shapes of (1 - X) times --max-params or more"
-    )
-    shapes.add_argument(
-        "--depths", type=_range, default=range(1, 129), metavar="FROM-TO[-STEP]", help="layers (default: 1-128)"
-    )
-    shapes.add_argument(
-        "--width-multiple", type=_number(1), default=128, metavar="N", help="of the width (default: %(default)s)"
-    )
-    shapes.add_argument(
-        "--heads", type=_number(1), metavar="N", help="as many heads in every shape (default: heads of 128, or 64)"
-    )
-    shapes.add_argument(
-        "--queries-per-kv-head", type=_number(1), action="append", metavar="N", help="1 is MHA (default), more GQA"
-    )
-    shapes.add_argument(
-        "--d-ff-ratio", type=_above_zero, action="append", metavar="X", help="d_ff over width (default: Open-LM's rule)"
-    )
-    shapes.add_argument("--vocab", type=_number(1), default=GPT_NEOX_VOCABULARY, metavar="N", help="(default: %(default)s)")
-    shapes.add_argument("--tied", action="store_true", help="share the embedding with the output head")
-    shapes.add_argument("--extrapolate", action="store_true", help="allow N, D and R outside the fitted rows, flagged")
-    odds = select.add_argument_group("uncertainty")
-    odds.add_argument(
-        "--draws", type=_number(0), default=1000, metavar="N", help="refits of resampled runs (default: %(default)s)"
-    )
-    odds.add_argument(
-        "--cluster", default="name", metavar="COLUMN", help="rows that are resampled together (default: %(default)s)"
-    )
-    odds.add_argument("--run-noise", action="store_true", help="let each candidate deviate from the law as a single run does")
-    odds.add_argument(
-        "--contain", type=float, default=0.9, metavar="P", help="probability that those to train contain the best"
-    )
+        add(f"--{name}", type=int, choices=BITS, help="(default: 16)")
+    add = select.add_argument_group("candidates").add_argument
+    add("--tolerance", type=float, default=1.0, metavar="X", help="only shapes of (1 - X) times --max-params or more")
+    add("--depths", type=_range, metavar="FROM-TO[-STEP]", help="layers (default: 1-128)")
+    add("--width-multiple", type=_number(1), default=128, metavar="N", help="of the width (default: %(default)s)")
+    same = "as many heads in every shape (default: heads of 128, or 64)"
+    add("--heads", dest="n_heads", type=_number(1), metavar="N", help=same)
+    add("--queries-per-kv-head", type=_number(1), action="append", metavar="N", help="1 is MHA (default), more GQA")
+    ratio = "d_ff over width (default: Open-LM's rule)"
+    add("--d-ff-ratio", dest="d_ff_ratios", type=_above_zero, action="append", metavar="X", help=ratio)
+    add("--vocab", type=_number(1), default=GPT_NEOX_VOCABULARY, metavar="N", help="(default: %(default)s)")
+    add("--tied", action="store_true", help="share the embedding with the output head")
+    add("--extrapolate", action="store_true", help="allow N, D and R outside the fitted rows, flagged")
+    add = select.add_argument_group("uncertainty").add_argument
+    add("--draws", type=_number(0), default=1000, metavar="N", help="refits of resampled runs (default: %(default)s)")
+    add("--cluster", default="name", metavar="COLUMN", help="rows that are resampled together (default: %(default)s)")
+    add("--run-noise", action="store_true", help="let each candidate deviate from the law as a single run does")
+    add("--contain", type=float, default=0.9, metavar="P", help="probability that those to train contain the best")
     select.add_argument("--inference-tokens", type=_above_zero, metavar="X", help="also choose by training and inference FLOPs")
     select.add_argument("--top", type=_number(1), default=20, metavar="N", help="candidates to list (default: %(default)s)")
-    select.set_defaults(run=_select, show=_show_select)
+
+
+def _given(arguments: argparse.Namespace, *names: str, prefix: str = "") -> dict[str, Any]:
+    """The arguments of these names that were given or have a default, as keywords."""
+    return {name: value for name in names if (value := getattr(arguments, prefix + name)) is not None}
 
 
 def _load(arguments: argparse.Namespace, source: str | None = None, count: Convention | None = None) -> pd.DataFrame:
@@ -240,6 +190,7 @@ def _load(arguments: argparse.Namespace, source: str | None = None, count: Conve
 
 
 def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fit a scaling law to a table of runs and report how well the runs determine it."""
     from morphlib import diagnostics, fitting, uncertainty  # scipy and pandas: only when a fit is asked for
 
     table = _load(arguments)
@@ -256,9 +207,12 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         options = {"loss": arguments.loss, "positive": not arguments.allow_negative, "weights": weights}
         fit = fitting.fit(table, law, arguments.fit_on, **options)
+    left_out = None  # where the fit is not one of squares, or the table leaves too little
+    with suppress(InputError):
+        if fit.loss == "squared":
+            errors = diagnostics.held_out_losses(table, law, "shape", arguments.fit_on, weights=weights).metrics
+            left_out = {"n": errors.n, "rmse": errors.rmse, "mape": errors.mape}
     metrics = {use: asdict(value) for use, value in diagnostics.metrics_by_use(table, fit).items()}
-    for values in metrics.values():
-        values["mape"] = values.pop("mape_pct")
     predictions = table[["name", "tokens", "loss"]].assign(loss_predicted=fit.loss_predicted)
     parameters: dict[str, dict[str, Any]] = {
         name: {"value": value, "standard_error": fit.standard_errors[name]} for name, value in fit.parameters.items()
@@ -272,8 +226,8 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
         "predictions": predictions.to_dict(orient="records"),
         **_ending(table, fit),
         # residuals say which rows stand out only where the fit is that of their squares
-        "audit": [f.sentence for f in diagnostics.audit(table, fit if arguments.loss == "squared" else None)],
-        "shapes_left_out": _shapes_left_out(table, fit, arguments.fit_on, weights),
+        "audit": diagnostics.audit(table, fit if arguments.loss == "squared" else None),
+        "shapes_left_out": left_out,
         "information_criteria": diagnostics.information_criteria(fit, table, assume_independent=True)._asdict(),
     }
     intervals = _intervals(arguments, table, fit)
@@ -298,19 +252,6 @@ def _ending(table: pd.DataFrame, fit: Fit) -> dict[str, Any]:
         "status": {"code": fit.status.name.lower(), "message": fit.status.value},
         "verdict": {"identified": verdict.identified, "sentences": list(verdict.sentences)},
     }
-
-
-def _shapes_left_out(table: pd.DataFrame, fit: Fit, fit_on: str | None, weights: pd.Series | None) -> dict[str, Any] | None:
-    """Errors over rows predicted without their shape, by least squares; None where that is another fit or leaves too little."""
-    from morphlib import diagnostics
-
-    if fit.loss != "squared":
-        return None
-    try:
-        errors = diagnostics.held_out_losses(table, fit.law, "shape", fit_on, weights=weights).metrics
-    except InputError:
-        return None
-    return {"n": errors.n, "rmse": errors.rmse, "mape": errors.mape_pct}
 
 
 def _intervals(arguments: argparse.Namespace, table: pd.DataFrame, fit: Fit) -> dict[str, Any] | None:
@@ -340,6 +281,7 @@ def _intervals(arguments: argparse.Namespace, table: pd.DataFrame, fit: Fit) -> 
 
 
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compare laws by their error on runs that the fit has not seen, best first."""
     from morphlib import diagnostics
 
     table = _load(arguments)
@@ -352,6 +294,7 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _design(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rank candidate runs by how much training one more of them would teach per FLOP (6 N D), best first."""
     from morphlib import design, fitting
 
     table = _load(arguments)
@@ -363,39 +306,30 @@ def _design(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _select(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Choose the shape of least predicted loss under caps on parameters, training tokens and latency."""
     from morphlib import fitting, selection, uncertainty
-    from morphlib.latency.analytic import Model, Workload
+    from morphlib.latency.analytic import Machine, Workload
+    from morphlib.shapes import candidates
 
     table = _load(arguments)
-    caps = selection.Caps(
-        params=arguments.max_params,
-        tokens=arguments.max_tokens,
-        latency_s=arguments.max_latency_s,
-        kv_bytes=arguments.max_kv_bytes,
-        weight_bytes=arguments.max_weight_bytes,
-    )
-    asked = {name: getattr(arguments, name) for name in ("batch", "in_tokens", "out_tokens", "weight_bits", "kv_bits")}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    caps = selection.Caps(**_given(arguments, "params", "tokens", "latency_s", "kv_bytes", "weight_bytes", prefix="max_"))
+    asked = _given(arguments, "batch", "in_tokens", "out_tokens", "weight_bits", "kv_bits")
     work = Workload(**asked)
     if arguments.latencies:
         latencies: selection.Latencies = selection.Tabled.read(arguments.latencies, work if asked else None)
     else:
-        shapes = _candidates(arguments, table["n_count"].iloc[0])
-        model = Model.of(arguments.gpu, arguments.mode, weight_bits=work.weight_bits)
-        latencies = selection.Predicted(shapes, model, work)
+        names = ("tolerance", "depths", "width_multiple", "n_heads", "queries_per_kv_head", "d_ff_ratios", "vocab", "tied")
+        try:
+            shapes = candidates(arguments.max_params, count=table["n_count"].iloc[0], **_given(arguments, *names))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        machine = Machine.of(arguments.gpu, arguments.mode, weight_bits=work.weight_bits)
+        latencies = selection.Predicted(shapes, machine, work)
     print(f"morph select: {len(latencies.shapes)} candidate shapes", file=sys.stderr)
     fit = fitting.fit(table, laws.get(arguments.law, arguments.exponents), arguments.fit_on)
     draws = uncertainty.bootstrap(table, fit, arguments.draws, cluster=arguments.cluster).values if arguments.draws else None
-    found = selection.select(
-        table,
-        fit,
-        latencies,
-        caps,
-        parameters=draws,
-        run_noise=arguments.run_noise,
-        contain=arguments.contain,
-        extrapolate=arguments.extrapolate,
-    )
+    options = _given(arguments, "run_noise", "contain", "extrapolate")
+    found = selection.select(table, fit, latencies, caps, parameters=draws, **options)
     listed = found.candidates
     result = {
         "law": fit.law.name,
@@ -428,26 +362,6 @@ def _select(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _candidates(arguments: argparse.Namespace, count: Convention) -> Shapes:
-    from morphlib.shapes import candidates
-
-    try:
-        return candidates(
-            arguments.max_params,
-            tolerance=arguments.tolerance,
-            count=count,
-            depths=arguments.depths,
-            width_multiple=arguments.width_multiple,
-            n_heads=arguments.heads,
-            queries_per_kv_head=arguments.queries_per_kv_head or (1,),
-            d_ff_ratios=arguments.d_ff_ratio or (None,),
-            vocab=arguments.vocab,
-            tied=arguments.tied,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 def _show_fit(result: dict[str, Any]) -> None:
     print(f"{result['law']}, {result['exponents']} exponents, N counted as {result['count']}\n")
     _show_table([{"parameter": name, **entry} for name, entry in result["parameters"].items()])
@@ -455,15 +369,10 @@ def _show_fit(result: dict[str, Any]) -> None:
         of = "rows" if intervals["cluster"] is None else f"clusters by {intervals['cluster']}"
         note = f"; {intervals['note']}" if intervals["note"] else ""
         print(f"intervals: {intervals['of']}, {intervals['n_clusters']} {of}{note}")
-    seen = {
-        "all": "includes rows the fit has seen",
-        "fitted": "rows the fit has seen",
-        "held_out": "",
-        "each shape": "left out",
-    }
+    seen = {"all": "includes rows the fit has seen", "fitted": "rows the fit has seen", "each shape": "left out"}
     errors = result["metrics"] | {"each shape": result["shapes_left_out"] or {"n": 0}}
     print()
-    _show_table([{"rows": use, **m, "": seen[use]} for use, m in errors.items() if m["n"]])
+    _show_table([{"rows": use, **m, "": seen.get(use, "")} for use, m in errors.items() if m["n"]])
     criteria = result["information_criteria"]
     if math.isfinite(criteria["bic"]):
         print("\nAIC {aic:.2f}, AICc {aicc:.2f}, BIC {bic:.2f} (they assume independent rows)".format(**criteria))
@@ -495,19 +404,9 @@ def _show_rows(key: str) -> Callable[[dict[str, Any]], None]:
     return show
 
 
-_SHOWN = {
-    "shape": "shape",
-    "n_params": "N",
-    "loss": "loss",
-    "loss_low": "95 % low",
-    "loss_high": "95 % high",
-    "latency_s": "latency s",
-    "latency_low_s": "from",
-    "latency_high_s": "to",
-    "latency_kind": "kind",
-    "probability_best": "P(best)",
-    "expected_regret": "regret",
-}
+_SHOWN = {"shape": "shape", "n_params": "N", "loss": "loss", "loss_low": "95 % low", "loss_high": "95 % high"}
+_SHOWN |= {"latency_s": "latency s", "latency_low_s": "from", "latency_high_s": "to", "latency_kind": "kind"}
+_SHOWN |= {"probability_best": "P(best)", "expected_regret": "regret"}
 
 
 def _show_select(result: dict[str, Any]) -> None:
@@ -524,15 +423,12 @@ def _show_select(result: dict[str, Any]) -> None:
         print(f"train {len(odds['to_train'])} to have the best among them: {', '.join(odds['to_train'])}")
         print(f"not told apart from the chosen one: {len(odds['not_told_apart'])}")
         print(
-            f"a shape beyond the latency cap is within it and better with probability {odds['beyond_latency_cap']:.2f}; "
-            f"none is within it with {odds['none_within']:.2f}"
+            "a shape beyond the latency cap is within it and better with probability {beyond_latency_cap:.2f}; "
+            "none is within it with {none_within:.2f}".format(**odds)
         )
     if cheapest := result.get("lifetime"):
-        print(
-            "least FLOPs of training and inference for that loss: {shape}, {tokens:.3g} tokens, {flops:.3g} FLOPs".format(
-                **cheapest
-            )
-        )
+        least = "least FLOPs of training and inference for that loss: {shape}, {tokens:.3g} tokens, {flops:.3g} FLOPs"
+        print(least.format(**cheapest))
     _show_verdict(result)
 
 

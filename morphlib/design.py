@@ -64,7 +64,15 @@ def rank_next_runs(
         c = np.eye(len(law.parameters))[[law.parameters.index(law.free_name(parameter))]]
     else:
         raise InputError(f"{law.name} has no parameter {parameter!r}; choose one of {', '.join(law.parameters)}")
-    gain, cost = _relative_gain(jacobian / lengths, c, x), _training_flops(candidates)
+    _, singular, rotation = np.linalg.svd(jacobian / lengths, full_matrices=True)
+    # square roots of the eigenvalues of J'J, where there are fewer rows than parameters the rest are zero
+    roots = np.zeros(len(lengths))
+    roots[: len(singular)] = singular
+    whitening = rotation.T / np.hypot(roots, roots[0] / CONDITION_LIMIT)  # W W' = (J'J + floor^2)^-1
+    c, x = c @ whitening, x @ whitening
+    # the fraction of sum_c c' M c that each candidate would take away
+    gain = ((c @ x.T) ** 2).sum(axis=0) / (1 + (x**2).sum(axis=1)) / (c**2).sum()
+    cost = _training_flops(candidates)
     ranked = candidates[["name"]].assign(gain=gain, flops=cost, gain_per_flop=gain / cost)
     return ranked.sort_values("gain_per_flop", ascending=False, kind="stable")
 
@@ -72,18 +80,6 @@ def rank_next_runs(
 def _training_flops(rows: pd.DataFrame) -> Array:
     """6 N D, in floating point: the product of whole numbers would overflow."""
     return 6 * rows["n_params"].to_numpy(dtype=float) * rows["tokens"].to_numpy(dtype=float)
-
-
-def _relative_gain(jacobian: Array, c: Array, x: Array) -> Array:
-    """The fraction of sum_c c' M c that each row of ``x`` would take away; columns of ``jacobian`` of length one."""
-    _, singular, rotation = np.linalg.svd(jacobian, full_matrices=True)
-    # square roots of the eigenvalues of J'J, where there are fewer rows than parameters the rest are zero
-    roots = np.zeros(jacobian.shape[1])
-    roots[: len(singular)] = singular
-    whitening = rotation.T / np.hypot(roots, roots[0] / CONDITION_LIMIT)  # W W' = (J'J + floor^2)^-1
-    c, x = c @ whitening, x @ whitening
-    taken = ((c @ x.T) ** 2).sum(axis=0) / (1 + (x**2).sum(axis=1))
-    return taken / (c**2).sum()
 
 
 def simulate_design(
@@ -115,7 +111,19 @@ def simulate_design(
         raise InputError(f"{n_added} runs cannot be added from {len(pool)}, some left to predict, in {n_random} random orders")
     cost = _training_flops(table)
     rng = np.random.default_rng(seed)
-    orders = [(by, _order_by_gain(table, law, trained, aimed, by, n_added, n_starts, seed)) for by in ("gain", "gain_per_flop")]
+
+    def by_gain(by: str) -> np.ndarray:
+        """The rows that a planner would add, one at a time, each after a fit to what is trained by then."""
+        known, order = trained.copy(), []
+        for _ in range(n_added):
+            fit = fitting.fit(table.assign(fit_step=known.astype(int)), law, "fit_step", n_starts=n_starts, seed=seed)
+            left = np.flatnonzero(~known & ~aimed)
+            ranked = rank_next_runs(table, fit, table.iloc[left].set_axis(left), table[aimed] if target is not None else None)
+            order.append(int(ranked.index.to_numpy()[ranked[by].to_numpy().argmax()]))
+            known[order[-1]] = True
+        return np.array(order)
+
+    orders = [(by, by_gain(by)) for by in ("gain", "gain_per_flop")]
     orders += [("cheapest", pool[np.argsort(cost[pool], kind="stable")][:n_added])]
     orders += [("random", rng.permutation(pool)[:n_added]) for _ in range(n_random)]
     masks = np.tile(trained, (len(orders), n_added + 1, 1))
@@ -135,17 +143,3 @@ def simulate_design(
             "rmse": np.sqrt((squared * scored).sum(axis=1) / scored.sum(axis=1)),
         }
     )
-
-
-def _order_by_gain(
-    table: pd.DataFrame, law: Law, trained: np.ndarray, aimed: np.ndarray, by: str, n_added: int, n_starts: int, seed: int
-) -> np.ndarray:
-    """The rows that a planner would add, one at a time, each after a fit to what is trained by then."""
-    trained, order, position = trained.copy(), [], np.arange(len(table))
-    for _ in range(n_added):
-        fit = fitting.fit(table.assign(fit_step=trained.astype(int)), law, "fit_step", n_starts=n_starts, seed=seed)
-        left = ~trained & ~aimed
-        ranked = rank_next_runs(table, fit, table[left].set_axis(position[left]), table[aimed] if aimed.any() else None)
-        order.append(int(ranked.index.to_numpy()[ranked[by].to_numpy().argmax()]))
-        trained[order[-1]] = True
-    return np.array(order)

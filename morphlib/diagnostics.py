@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,10 +16,12 @@ from scipy.special import stdtrit
 from morphlib import fitting, runs
 from morphlib.errors import InputError
 from morphlib.fitting import Fit, Status
-from morphlib.laws import Array, Law
+from morphlib.laws import Array, Law, Values
 
 Holdout = Literal["shape", "size", "largest-n", "widest-r"]
 HOLDOUTS: tuple[Holdout, ...] = get_args(Holdout)
+
+Correlations = Mapping[tuple[str, str], float]
 
 SOUND = (Status.CONVERGED, Status.NEGATIVE)  # negative coefficients make no sense, but the rows determine them
 CONFOUNDED = 0.99  # |correlation| of two estimates beyond which a change of one undoes a change of the other
@@ -35,7 +37,7 @@ BUDGET_TOLERANCE = 0.1
 class Metrics:
     """Errors of predicted losses (nats per token). NaN where there are too few rows to say.
 
-    ``r2`` is 1 - SSE / SST around the mean of the rows; ``mape_pct`` the mean of
+    ``r2`` is 1 - SSE / SST around the mean of the rows; ``mape`` the mean of
     |predicted - measured| / measured, in percent.
     """
 
@@ -43,7 +45,7 @@ class Metrics:
     mse: float
     rmse: float
     r2: float
-    mape_pct: float
+    mape: float
 
 
 def metrics(measured: Array, predicted: Array) -> Metrics:
@@ -57,7 +59,7 @@ def metrics(measured: Array, predicted: Array) -> Metrics:
         mse=float(squared.mean()),
         rmse=float(np.sqrt(squared.mean())),
         r2=float(1 - squared.sum() / total) if total > 0 else np.nan,
-        mape_pct=float(relative_error_pct(measured, predicted).mean()),
+        mape=float(relative_error_pct(measured, predicted).mean()),
     )
 
 
@@ -104,7 +106,7 @@ class Verdict(NamedTuple):
 
     identified: bool
     sentences: tuple[str, ...]
-    correlations: Mapping[tuple[str, str], float]
+    correlations: Correlations
     undetermined: tuple[str, ...]
     confounded: tuple[tuple[str, str, float], ...]
 
@@ -151,7 +153,7 @@ def _plain(names: Iterable[str]) -> dict[str, None]:
     return dict.fromkeys(runs.POWER_OF.get(name, name) for name in names)
 
 
-def _natural_scale(law: Law, name: str, value: float, variables: Mapping[str, Array]) -> float:
+def _natural_scale(law: Law, name: str, value: float, variables: Values) -> float:
     """The standard error beyond which a parameter is undetermined."""
     if name.startswith("log_"):
         return float(np.ptp(np.log(variables[name[4]])))
@@ -187,9 +189,7 @@ def _about_parameters(fit: Fit, undetermined: tuple[str, ...], confounded: tuple
         yield f"Only {at_best} of {fit.n_starts} starts ended at the best optimum, so a better one may exist; raise n_starts."
 
 
-def _about_rows(
-    law: Law, variables: Mapping[str, Array], correlations: Mapping[tuple[str, str], float], undetermined: tuple[str, ...]
-) -> Iterator[str]:
+def _about_rows(law: Law, variables: Values, correlations: Correlations, undetermined: tuple[str, ...]) -> Iterator[str]:
     """What about the rows leaves parameters open, each with the runs that would mend it."""
     read = _plain(law.variables)
     budget = variables["D"] / variables["N"]
@@ -246,13 +246,20 @@ def splits(table: pd.DataFrame, holdout: Holdout) -> pd.Series:
     """The label of the fold in which a row is held out; NaN where it never is.
 
     ``shape``: each shape (d_model, n_layers and n_params) with all its budgets and repeats, labelled by its
-    first name. ``size``: each family. ``largest-n``: the family with the largest model. ``widest-r``:
-    the ceil(n / 5) rows with the largest R = d_model / n_layers, and all as wide as the last of them.
+    first name; where other shapes have that name, too, with its sizes. ``size``: each family. ``largest-n``: the family
+    with the largest model. ``widest-r``: the ceil(n / 5) rows with the largest R = d_model / n_layers, and all as
+    wide as the last of them.
     Raises ``InputError`` where a fold would leave nothing to train on.
     """
     family = table["family"]
     if holdout == "shape":
-        fold = table["name"].groupby(shape_numbers(table)).transform("first")
+        shapes = table.drop_duplicates(["d_model", "n_layers", "n_params"])
+        shapes = shapes.set_index(shapes["name"].duplicated(keep=False))
+        labels = [
+            f"{name} ({depth}x{width}, N = {n:.17g})" if several else name
+            for several, name, depth, width, n in shapes[["name", "n_layers", "d_model", "n_params"]].itertuples()
+        ]
+        fold = pd.Series(np.array(labels)[shape_numbers(table)], table.index)
     elif holdout == "size":
         fold = family
     elif holdout == "largest-n":
@@ -338,14 +345,10 @@ def compare(
     if not laws:
         raise InputError("there are no laws to compare; give at least one")
     held = [held_out_losses(table, law, holdout, fit_on, n_starts=n_starts, seed=seed) for law in laws]
-    rows = []
-    for law, result in zip(laws, held, strict=True):
-        errors = result.metrics
-        rows.append(
-            {"law": law.name, "exponents": law.exponents, "count": table["n_count"].iloc[0], "holdout": holdout,
-             "n": errors.n, "rmse": errors.rmse, "mape": errors.mape_pct, "undetermined": len(result.undetermined)}
-        )  # fmt: skip
-    compared = pd.DataFrame(rows)
+    named = [(law.name, law.exponents, table["n_count"].iloc[0], holdout) for law in laws]
+    errors = pd.DataFrame([result.metrics for result in held])[["n", "rmse", "mape"]]
+    compared = pd.DataFrame(named, columns=["law", "exponents", "count", "holdout"]).join(errors)
+    compared["undetermined"] = [len(result.undetermined) for result in held]
     order = compared.sort_values(["n", "rmse"], ascending=[False, True], kind="stable").index
     squared = [((held[i].predictions["loss_predicted"] - held[i].predictions["loss"]) ** 2).to_numpy() for i in order]
     shape = pd.Series(shape_numbers(table), table.index)[held[0].predictions.index].to_numpy()
@@ -459,60 +462,50 @@ def ordering_probability(predicted: ArrayLike, covariance: ArrayLike, n_draws: i
 # --- Slips in a table
 
 
-class Finding(NamedTuple):
-    """Something odd in a run table: its kind, a sentence, and the index labels of the rows."""
+def audit(table: pd.DataFrame, fit: Fit | None = None) -> list[str]:
+    """Rows that look like slips; every sentence is a question to whoever made the table, not a verdict.
 
-    kind: Literal["near-duplicate", "duplicate", "loss", "budget", "outlier"]
-    sentence: str
-    rows: tuple[Any, ...]
-
-
-def audit(table: pd.DataFrame, fit: Fit | None = None) -> list[Finding]:
-    """Rows that look like slips; every finding is a question to whoever made the table, not a verdict.
-
-    - ``duplicate``: rows with the shape, tokens and loss of a row before them, all in one finding.
-    - ``loss``: losses below 0.3 nats, under any estimate of the entropy of text, even per byte.
-    - ``near-duplicate``: two shapes whose losses at some tokens agree within 5e-4 although at every other
+    - Rows with the shape, tokens and loss of a row before them, all in one sentence.
+    - Losses below 0.3 nats, under any estimate of the entropy of text, even per byte.
+    - Two shapes whose losses at some tokens agree within 5e-4 although at every other
       budget they share they differ by ten times as much or more.
-    - ``budget``: a label such as 20N in the column ``budget`` that tokens / n_params misses by more than 10 %.
-    - ``outlier``: with a ``fit``, fitted rows whose externally studentized residual is beyond Student's t at
+    - A label such as 20N in the column ``budget`` that tokens / n_params misses by more than 10 %.
+    - With a ``fit``, fitted rows whose externally studentized residual is beyond Student's t at
       5 % shared over the rows (Bonferroni; Cook and Weisberg 1982, section 2.2.2).
     """
-    findings = [*_duplicates(table)]
-    low = table[table["loss"] < IMPLAUSIBLE_LOSS]
-    if len(low):
-        sentence = f"{len(low)} losses are below {IMPLAUSIBLE_LOSS} nats per token, the first of {_runs(low)[0]}."
-        findings.append(Finding("loss", sentence, tuple(low.index)))
+    names, sentences = _runs(table), [*_duplicates(table)]
+    low = (table["loss"] < IMPLAUSIBLE_LOSS).to_numpy()
+    if low.any():
+        sentences.append(f"{low.sum()} losses are below {IMPLAUSIBLE_LOSS} nats per token, the first of {names[low.argmax()]}.")
     if "budget" in table:
         nominal = pd.to_numeric(table["budget"].astype(str).str.extract(r"^([\d.]+)N$")[0], errors="coerce").to_numpy()
         actual = (table["tokens"] / table["n_params"]).to_numpy()
-        for i in np.flatnonzero(np.abs(actual - nominal) > BUDGET_TOLERANCE * nominal):
-            sentence = f"{_runs(table)[i]} is labelled {nominal[i]:g}N but has {actual[i]:.1f} tokens per parameter."
-            findings.append(Finding("budget", sentence, (list(table.index)[i],)))
-    return findings + (_outliers(table, fit) if fit is not None else [])
+        sentences += [
+            f"{names[i]} is labelled {nominal[i]:g}N but has {actual[i]:.1f} tokens per parameter."
+            for i in np.flatnonzero(np.abs(actual - nominal) > BUDGET_TOLERANCE * nominal)
+        ]
+    return sentences + (_outliers(table, fit) if fit is not None else [])
 
 
 def _runs(table: pd.DataFrame) -> list[str]:
     return [f"{name} at {tokens / 1e9:.4g}B tokens" for name, tokens in zip(table["name"], table["tokens"], strict=True)]
 
 
-def _duplicates(table: pd.DataFrame) -> Iterator[Finding]:
-    names, labels, repeats = _runs(table), table.index.to_numpy(), repeated_rows(table)
+def _duplicates(table: pd.DataFrame) -> Iterator[str]:
+    names, repeats = _runs(table), repeated_rows(table)
     if repeats.any():
         first = names[int(repeats.argmax())]
-        sentence = f"{int(repeats.sum())} rows, the first {first}, repeat the shape, tokens and loss of a row before them."
-        yield Finding("duplicate", sentence, tuple(labels[repeats]))
+        yield f"{int(repeats.sum())} rows, the first {first}, repeat the shape, tokens and loss of a row before them."
     losses = table.assign(shape=shape_numbers(table)).pivot_table("loss", "shape", "tokens", aggfunc="last")
     shape, tokens, loss = shape_numbers(table), table["tokens"].to_numpy(), table["loss"].to_numpy()
     for i, j in combinations(np.flatnonzero(~repeats), 2):
         if tokens[i] == tokens[j] and abs(loss[i] - loss[j]) <= SAME_LOSS and shape[i] != shape[j]:
             gap = (losses.loc[shape[i]] - losses.loc[shape[j]]).drop(tokens[i]).abs().min()
             if gap >= 10 * SAME_LOSS:  # NaN where they share no other budget
-                sentence = (
+                yield (
                     f"{names[i]} and {names[j]} have losses {loss[i]:.4f} and {loss[j]:.4f}, though at every other budget "
                     f"they share they differ by {gap:.4f} or more."
                 )
-                yield Finding("near-duplicate", sentence, (labels[i], labels[j]))
 
 
 def repeated_rows(table: pd.DataFrame) -> np.ndarray:
@@ -520,7 +513,7 @@ def repeated_rows(table: pd.DataFrame) -> np.ndarray:
     return table[["d_model", "n_layers", "n_params", "tokens", "loss"]].duplicated().to_numpy()
 
 
-def _outliers(table: pd.DataFrame, fit: Fit) -> list[Finding]:
+def _outliers(table: pd.DataFrame, fit: Fit) -> list[str]:
     rows, _, jacobian, residual = fitting.linearized(table, fit)
     leverage = (fitting.orthonormal(jacobian)[0] ** 2).sum(axis=1)
     freedom = len(rows) - len(fit.values) - 1
@@ -533,7 +526,7 @@ def _outliers(table: pd.DataFrame, fit: Fit) -> list[Finding]:
         studentized = residual * np.sqrt(freedom / rest)
     limit = float(stdtrit(freedom, 1 - 0.025 / len(rows)))
     return [
-        Finding("outlier", f"{run} is {t:+.1f} standard deviations off the law (limit {limit:.1f}).", (row,))
-        for run, row, t in zip(_runs(rows), rows.index, studentized, strict=True)
+        f"{run} is {t:+.1f} standard deviations off the law (limit {limit:.1f})."
+        for run, t in zip(_runs(rows), studentized, strict=True)
         if abs(t) > limit
     ]

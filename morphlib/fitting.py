@@ -480,7 +480,7 @@ def _robust(
     the search converged.
     """
     measured, n_rows = rows["loss"].to_numpy(), len(rows)
-    scale = _huber_scale(measured, loss)
+    scale = _residuals(measured, measured, loss)[2]
     units, back, variables = in_units(law, rows)
 
     def search(held: Law, start: Array) -> tuple[float, bool, Array]:
@@ -518,16 +518,11 @@ def _robust(
     return best, converged
 
 
-def _residuals(predicted: Array, measured: Array, loss: Loss) -> tuple[Array, Array]:
-    """What a loss is a function of, and its derivative by the predicted loss, (n,) both."""
+def _residuals(predicted: Array, measured: Array, loss: Loss) -> tuple[Array, Array, float]:
+    """What a loss is a function of, its derivative by the predicted loss, (n,) both, and up to where it is quadratic."""
     if loss == "log-huber":
-        return np.log(predicted / measured), 1 / predicted
-    return predicted - measured, np.ones(len(measured))
-
-
-def _huber_scale(measured: Array, loss: Loss) -> float:
-    """The residual up to which a loss is quadratic."""
-    return {"squared": np.inf, "huber": HUBER_SCALE * measured.mean(), "log-huber": HUBER_SCALE}[loss]
+        return np.log(predicted / measured), 1 / predicted, HUBER_SCALE
+    return predicted - measured, np.ones(len(measured)), HUBER_SCALE * measured.mean() if loss == "huber" else np.inf
 
 
 def scaled_jacobian(law: Law, values: Array, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[Array, Array]:
@@ -579,11 +574,10 @@ def _result(
     rows, weights = table[fitted], weights[fitted]
     root = np.sqrt(weights)
     measured = rows["loss"].to_numpy()
-    scale = _huber_scale(measured, loss)
     status, condition = status_of(law, values, rows, converged, weights)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         loss_predicted = law.predict(values, runs.variables(table))
-        residuals, slopes = _residuals(loss_predicted[fitted], measured, loss)
+        residuals, slopes, scale = _residuals(loss_predicted[fitted], measured, loss)
         inside = float(np.mean(np.abs(residuals) < scale))
         correction = (1 + len(values) * (1 - inside) / (len(rows) * inside)) / inside if inside else np.nan
         jacobian = law.jacobian(values, runs.variables(rows)) * (slopes * root)[:, np.newaxis]

@@ -137,10 +137,10 @@ def minimize(
         problem = _Problem(residuals, jacobian, row_weights, huber_scale)
         here = problem.evaluate(values)
         if here is None or 0 < np.abs(here.residual).max() < SMALLEST_START:
-            raise InputError(
-                "residuals or jacobian are not finite at the start, or overflow or underflow when squared; use other units, "
-                "leave rows out, or start elsewhere"
-            )
+            wrong = ~np.isfinite(np.column_stack([residuals(values.copy()), jacobian(values.copy())])).all(axis=1)
+            first = f"are not finite at the start, the first in row {wrong.argmax()}, counted from 0"
+            what = first if wrong.any() else "overflow or underflow when squared"
+            raise InputError(f"residuals or jacobian {what}; use other units, leave rows out, or start elsewhere")
         here, n_iterations, status = _search(problem, here, max_iterations)
         covariance = here.inverse * (here.size**2 / (used - len(values)) if used > len(values) else np.nan)
         errors = np.sqrt(np.diag(covariance))

@@ -141,10 +141,8 @@ def build_book(tree: Path, output: Path) -> None:
     shutil.copytree("book", tree / "book")
     shutil.copy("_toc.yml", tree / "_toc.yml")
     config = yaml.safe_load(Path("_config.yml").read_text(encoding="utf-8"))
-    (tree / "_config.yml").write_text(
-        yaml.safe_dump(book_configuration(config, repository_url(Path("pyproject.toml"))), sort_keys=False),
-        encoding="utf-8",
-    )
+    config = book_configuration(config, repository_url(Path("pyproject.toml")))
+    (tree / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     work = tree.with_name(f"{tree.name}-build")
     jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
     command = [jupyter_book, "build", str(tree), "--path-output", str(work), "--all", "-n", "-W", "--keep-going"]

@@ -77,7 +77,6 @@ def glue(**numbers: float | int | str) -> None:
 
 def paper_reported(law: str, exponents: str, fit_on: str | None) -> dict[str, float]:
     """What the paper or its code reports for one fit to its own runs, by quantity; empty where nothing is."""
-    with resources.files("morphlib").joinpath("data/paper_reported.csv").open(encoding="utf-8") as file:
-        reported = pd.read_csv(file)
+    reported = pd.read_csv(str(resources.files("morphlib") / "data/paper_reported.csv"))
     rows = reported[(reported["law"] == law) & (reported["exponents"] == exponents) & (reported["fit_on"] == fit_on)]
     return dict(zip(rows["quantity"], rows["value"], strict=True))

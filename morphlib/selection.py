@@ -20,9 +20,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Generic, Literal, TypeVar, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,18 +32,18 @@ from scipy.optimize import minimize
 from morphlib import runs
 from morphlib.errors import InputError
 from morphlib.fitting import Fit
-from morphlib.latency.analytic import ENDS, Model, Workload
+from morphlib.latency.analytic import ENDS, Machine, Workload
 from morphlib.laws import Array
-from morphlib.shapes import Shape, Shapes
+from morphlib.shapes import Bits, Shape, Shapes
 
-Kind = Literal["measured", "quoted", "predicted"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = ("measured", "quoted", "predicted")
 LATENCIES = ("latency_low_s", "latency_s", "latency_high_s")
 
 CONTAIN = 0.9  # probability that the candidates to train contain the best one
 NOT_WORSE = 0.05  # a candidate that is no worse than the chosen one more often than this cannot be told apart from it
 SHAPE_VARIABLES = {"R", "d", "L", "W", "M"}
 RANGES = {"N": "n_params", "D": "tokens", "R": "aspect_ratio"}
+Ranges = dict[str, tuple[float, float]]  # the least and the greatest N, D and R
 EDGE = 1 + 1e-9  # rounding of a limit that a shape meets exactly
 PRICE_STEP = 0.01  # of a cap, by which it is raised to see what that is worth
 WORTH = 1e-6  # nats that a raised cap must save to be called binding; the solver is good to a hundredth of it
@@ -86,22 +86,20 @@ class Predicted:
     """Latencies of shapes by the analytic model. Draws share the constants, which belong to the machine, not to a shape."""
 
     shapes: Shapes
-    model: Model
+    machine: Machine
     work: Workload = field(default_factory=Workload)
 
     def estimates(self) -> pd.DataFrame:
         """One row for each shape: ``latency_s`` with its ends, ``latency_kind``, and whether it ``fits`` the memory."""
         ends = zip(LATENCIES, ENDS, strict=True)
-        times = {name: self.model.times(self.shapes, self.work, self.model.at(end))["e2e_s"] for name, end in ends}
-        fits = self.work.memory_bytes(self.shapes) <= self.model.device.memory_bytes
+        times = {name: self.machine.times(self.shapes, self.work, self.machine.at(end))["e2e_s"] for name, end in ends}
+        fits = self.work.memory_bytes(self.shapes) <= self.machine.device.memory_bytes
         return pd.DataFrame(times).assign(latency_kind="predicted", fits=fits)
 
-    def drawn(self, n_draws: int, rng: np.random.Generator) -> Array:
-        """Latencies in seconds, shape (n_draws, n)."""
-        return np.asarray(self.model.times(self.shapes, self.work, self.model.drawn(n_draws, rng))["e2e_s"])
-
-    def where(self, mask: np.ndarray) -> Predicted:
-        return replace(self, shapes=self.shapes.where(mask))
+    def drawn(self, mask: np.ndarray, n_draws: int, rng: np.random.Generator) -> Array:
+        """Latencies in seconds of the n shapes that a boolean array picks, shape (n_draws, n)."""
+        constants = self.machine.drawn(n_draws, rng)
+        return np.asarray(self.machine.times(self.shapes.where(mask), self.work, constants)["e2e_s"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +165,14 @@ class Tabled:
     def estimates(self) -> pd.DataFrame:
         return self.rows
 
-    def drawn(self, n_draws: int, rng: np.random.Generator) -> Array:
-        low, value, high = (self.rows[name].to_numpy() for name in LATENCIES)
+    def drawn(self, mask: np.ndarray, n_draws: int, rng: np.random.Generator) -> Array:
+        low, value, high = (self.rows[name].to_numpy()[mask] for name in LATENCIES)
         z = rng.standard_normal((n_draws, len(value))) / 1.96
         return np.asarray(value * np.exp(np.where(z > 0, z * np.log(high / value), z * np.log(value / low))))
 
-    def where(self, mask: np.ndarray) -> Tabled:
-        return replace(self, shapes=self.shapes.where(mask), rows=self.rows[mask].reset_index(drop=True))
-
 
 Latencies = Predicted | Tabled
+Draw = Callable[[int, np.random.Generator], Array]
 
 
 def _as_latencies(rows: pd.DataFrame, where: str) -> tuple[pd.DataFrame, Workload]:
@@ -193,7 +189,7 @@ def _as_latencies(rows: pd.DataFrame, where: str) -> tuple[pd.DataFrame, Workloa
     ends = {name: [getattr(median, end) for median in medians] for name, end in zip(LATENCIES, ENDS, strict=True)}
     work = Workload()
     for _, dtype, batch, in_tokens, out_tokens in rows[one].head(1).itertuples(index=False):
-        bits: Literal[16, 32] = 32 if dtype == "fp32" else 16
+        bits: Bits = 32 if dtype == "fp32" else 16
         work = Workload(batch=int(batch), in_tokens=int(in_tokens), out_tokens=int(out_tokens), weight_bits=bits)
     return pd.DataFrame({"shape": rows["shape"].to_numpy(), **ends}), work
 
@@ -202,14 +198,12 @@ def without_latency(fit: Fit, shapes: Shapes, tokens: ArrayLike, work: Workload)
     """What is known of shapes but for their latency, by the names of the columns of `scored`; arrays of shape (n,)."""
     numbers = {name: getattr(shapes, name) for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")}
     numbers |= {"n_params": shapes.n_params(fit.count), "tokens": np.broadcast_to(np.asarray(tokens, dtype=float), len(shapes))}
-    try:
-        kv_bytes = work.cache_bytes_per_token(shapes) * (work.in_tokens + work.out_tokens)
-        weight_bytes = shapes.weight_bytes(work.weight_bits)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    loss = fit.law.predict(fit.values, runs.variables(numbers))
-    more = {"aspect_ratio": shapes.aspect_ratio, "loss": loss, "kv_bytes": kv_bytes, "weight_bytes": weight_bytes}
-    return numbers | more
+    return numbers | {
+        "aspect_ratio": shapes.aspect_ratio,
+        "loss": fit.law.predict(fit.values, runs.variables(numbers)),
+        "kv_bytes": work.cache_bytes_per_token(shapes) * (work.in_tokens + work.out_tokens),
+        "weight_bytes": shapes.weight_bytes(work.weight_bits),
+    }
 
 
 def scored(fit: Fit, latencies: Latencies, tokens: float) -> pd.DataFrame:
@@ -228,7 +222,7 @@ def scored(fit: Fit, latencies: Latencies, tokens: float) -> pd.DataFrame:
     )
 
 
-def fitted_ranges(table: pd.DataFrame, fit: Fit) -> dict[str, tuple[float, float]]:
+def fitted_ranges(table: pd.DataFrame, fit: Fit) -> Ranges:
     """The least and the greatest N, D and R of the rows of ``table`` that were fitted."""
     variables = runs.variables(fit.rows(table))
     return {name: (float(variables[name].min()), float(variables[name].max())) for name in RANGES}
@@ -299,29 +293,28 @@ def select(
     every, ranges = scored(fit, latencies, caps.tokens), fitted_ranges(table, fit)
     if (without_latency(fit, latencies.shapes, 2 * caps.tokens, latencies.work)["loss"] > every["loss"]).all():
         raise InputError("by this fit more tokens raise the loss, so it cannot choose; add runs that vary N and D apart")
-    outside = {
-        f"range of {name}": ~every[RANGES[name]].between(low / EDGE, high * EDGE).to_numpy()
-        for name, (low, high) in ranges.items()
-    }
-    beyond = {name: (every[column] > getattr(caps, name) * EDGE).to_numpy() for name, (column, *_) in CAPPED.items()}
-    reasons = {"memory": ~every["fits"].to_numpy(dtype=bool), **({} if extrapolate else outside), **beyond}
-    left_out, kept = {}, np.ones(len(every), dtype=bool)
-    for reason, out in reasons.items():
-        left_out[reason] = int((kept & out).sum())
-        kept &= ~out
+    # which shapes each reason leaves out, those that no cap can mend first
+    outside = pd.DataFrame(
+        {f"range of {name}": ~every[RANGES[name]].between(low / EDGE, high * EDGE) for name, (low, high) in ranges.items()}
+    )
+    beyond = pd.DataFrame({name: every[column] > getattr(caps, name) * EDGE for name, (column, *_) in CAPPED.items()})
+    out = pd.concat([~every["fits"].rename("memory"), outside.iloc[:, : 0 if extrapolate else None], beyond], axis=1)
+    kept = ~out.any(axis=1).to_numpy()
     if not kept.any():
-        raise InputError(_nearest(every, latencies.shapes, caps, reasons, ranges))
+        raise InputError(_nearest(every, latencies.shapes, caps, out, ranges))
+    first_reason = out[~kept].idxmax(axis=1)
 
-    eligible = ~np.any([out for reason, out in reasons.items() if reason != "latency_s"], axis=0)
+    eligible = ~out.drop(columns="latency_s").any(axis=1).to_numpy()
     shapes, inside = latencies.shapes.where(eligible), kept[eligible]
     listed = every[eligible].reset_index(drop=True)
     listed["shape"] = [str(shapes[i]) for i in range(len(shapes))]
-    listed["extrapolated"] = np.any([out[eligible] for out in outside.values()], axis=0)
+    listed["extrapolated"] = outside[eligible].any(axis=1).to_numpy()
     best = int(np.flatnonzero(inside)[listed["loss"].to_numpy()[inside].argmin()])
     probabilities: dict[str, float] = {}
     if parameters is not None:
         deviation = _run_deviation(table, fit) if run_noise else 0.0
-        columns, probabilities = _odds(listed, fit, latencies.where(eligible), caps, parameters, inside, best, deviation, seed)
+        drawn = partial(latencies.drawn, eligible)
+        columns, probabilities = _odds(listed, fit, drawn, caps.latency_s, parameters, best, deviation, seed)
         listed = listed.assign(**columns)
     candidates = listed[inside].sort_values("loss", kind="stable").reset_index(drop=True)
     if parameters is not None:
@@ -336,13 +329,13 @@ def select(
         binding = (*(name for name, s in saved.items() if s > WORTH), *found.at_edge)
     else:
         # without it another shape of the table, that meets the other caps, would be better
-        others = {name: ~np.any([out for reason, out in reasons.items() if reason != name], axis=0) for name in reasons}
-        binding = tuple(n for n, rest in others.items() if n == "tokens" or every["loss"][rest].min() < candidates["loss"][0])
+        least = {name: every["loss"][~out.drop(columns=name).any(axis=1)].min() for name in out}
+        binding = tuple(str(name) for name in out if name == "tokens" or least[name] < candidates["loss"][0])
     return Selection(
         chosen=shapes[best],
         candidates=candidates,
         front=listed[undominated(listed["loss"].to_numpy(), listed["latency_s"].to_numpy())].sort_values("latency_s"),
-        left_out={reason: n for reason, n in left_out.items() if n},
+        left_out={str(reason): n for reason in out if (n := int((first_reason == reason).sum()))},
         binding_caps=binding,
         shadow_prices=prices,
         optimum=found,
@@ -350,13 +343,11 @@ def select(
     )
 
 
-def _nearest(
-    every: pd.DataFrame, shapes: Shapes, caps: Caps, reasons: dict[str, np.ndarray], ranges: dict[str, tuple[float, float]]
-) -> str:
+def _nearest(every: pd.DataFrame, shapes: Shapes, caps: Caps, out: pd.DataFrame, ranges: Ranges) -> str:
     """Why no shape is left: the one that comes nearest to the caps, or the reason that leaves most out."""
-    hard = np.any([out for reason, out in reasons.items() if reason not in CAPPED], axis=0)
-    if hard.all():
-        reason = max((reason for reason in reasons if reason not in CAPPED), key=lambda reason: reasons[reason].sum())
+    hard = out.drop(columns=list(CAPPED))
+    if hard.any(axis=1).all():
+        reason = str(hard.sum().idxmax())
         where = "they do not fit the memory; take fewer bits, a smaller batch or shorter texts"
         if reason != "memory":
             name = reason.removeprefix("range of ")
@@ -366,8 +357,8 @@ def _nearest(
             where = f"{name} of {there} is outside {low:.4g} to {high:.4g}, the range of the fitted rows"
             where += "; change the caps, or extrapolate"
         return f"none of {len(every)} shapes is left: {where}"
-    ratios = pd.DataFrame({name: every[column] / getattr(caps, name) for name, (column, *_) in CAPPED.items()})[~hard]
-    nearest = int(ratios.max(axis=1).idxmin())
+    ratios = pd.DataFrame({name: every[column] / getattr(caps, name) for name, (column, *_) in CAPPED.items()})
+    nearest = int(ratios.max(axis=1).where(~hard.any(axis=1)).argmin())
     needed = ", ".join(
         f"{name} {every[CAPPED[name][0]][nearest]:.4g} where {getattr(caps, name):.4g} is allowed"
         for name in CAPPED
@@ -384,29 +375,22 @@ def _run_deviation(table: pd.DataFrame, fit: Fit) -> float:
 
 
 def _odds(
-    listed: pd.DataFrame,
-    fit: Fit,
-    latencies: Latencies,
-    caps: Caps,
-    parameters: Array,
-    candidate: np.ndarray,
-    best: int,
-    deviation: float,
-    seed: int,
+    listed: pd.DataFrame, fit: Fit, drawn: Draw, cap_s: float, refits: Array, best: int, deviation: float, seed: int
 ) -> tuple[dict[str, Array], dict[str, float]]:
-    """What the draws say of every listed shape, those with a latency above the cap (not ``candidate``) among them.
+    """What the draws say of every listed shape, those with a latency above the cap, which are no candidates, among them.
 
     Memory is some 35 bytes for each draw and shape, beside the chunk at work.
     """
-    n_draws, n_shapes = len(parameters), len(listed)
+    n_draws, n_shapes = len(refits), len(listed)
+    candidate = (listed["latency_s"] <= cap_s * EDGE).to_numpy()
     variables, rng = runs.variables(listed), np.random.default_rng(seed)
     loss, within = np.empty((n_draws, n_shapes)), np.empty((n_draws, n_shapes), dtype=bool)
     step = max(1, CHUNK_NUMBERS // n_shapes)
     for start in range(0, n_draws, step):
-        chunk = parameters[start : start + step]
+        chunk = refits[start : start + step]
         noise = deviation * rng.standard_normal((len(chunk), n_shapes)) if deviation else 0.0
         loss[start : start + step] = fit.law.predict(chunk, variables) + noise
-        within[start : start + step] = latencies.drawn(len(chunk), rng) <= caps.latency_s
+        within[start : start + step] = drawn(len(chunk), rng) <= cap_s
     counted = np.where(within, loss, np.inf)
     least = counted[:, candidate].min(axis=1)
     some = np.isfinite(least)
@@ -458,9 +442,7 @@ def _finite(caps: Caps) -> list[str]:
     return [name for name in CAPPED if np.isfinite(getattr(caps, name))]
 
 
-def optimum(
-    fit: Fit, like: Shape, latencies: Predicted, caps: Caps, ranges: dict[str, tuple[float, float]] | None = None
-) -> Optimum:
+def optimum(fit: Fit, like: Shape, latencies: Predicted, caps: Caps, ranges: Ranges | None = None) -> Optimum:
     """The least loss within the caps over any width and depth, by sequential quadratic programming (SLSQP of scipy).
 
     The rest of the shape follows ``like``, which must be within the caps: the feed-forward layer and the heads of keys
@@ -468,27 +450,25 @@ def optimum(
     bound it too. The searches start at ``like`` and around it; the best of those that end within the limits counts.
     """
 
-    model, work = latencies.model, latencies.work
+    machine, work = latencies.machine, latencies.work
     limits = {name: ranges[name] for name in ("N", "R")} if ranges else {}
 
     @cache
     def at(log_width: float, log_depth: float) -> tuple[dict[str, float], list[float]]:
         """The numbers of a shape, and the pieces that its latency is the greatest of: that one has a kink, they have not."""
         width = np.exp([log_width])
-        shape = Shapes(
+        shape = replace(
+            Shapes.of([like]),
             d_model=width,
             n_layers=np.exp([log_depth]),
             n_heads=np.ones(1),
             n_kv_heads=np.array([like.n_kv_heads / like.n_heads]),
             d_ff=width * like.d_ff / like.d_model,
-            vocab=np.array([float(like.vocab)]),
-            tied=np.array([like.tied]),
-            norm=like.norm,
         )
         numbers = without_latency(fit, shape, caps.tokens, work)
-        numbers["latency_s"] = model.times(shape, work, model.at("value"))["e2e_s"]
-        numbers["memory"] = work.memory_bytes(shape) / model.device.memory_bytes
-        pieces = model.e2e_pieces_s(shape, work, model.at("value"))
+        numbers["latency_s"] = machine.times(shape, work, machine.at("value"))["e2e_s"]
+        numbers["memory"] = work.memory_bytes(shape) / machine.device.memory_bytes
+        pieces = machine.e2e_pieces_s(shape, work, machine.at("value"))
         return {name: float(number[0]) for name, number in numbers.items()}, [float(piece[0]) for piece in pieces]
 
     def room(x: Array) -> Array:
@@ -522,13 +502,7 @@ def optimum(
     )
 
 
-def lifetime(
-    fit: Fit,
-    shapes: Shapes,
-    loss: float,
-    inference_tokens: float,
-    ranges: dict[str, tuple[float, float]] | None = None,
-) -> pd.DataFrame:
+def lifetime(fit: Fit, shapes: Shapes, loss: float, inference_tokens: float, ranges: Ranges | None = None) -> pd.DataFrame:
     """What each shape costs over its life if it is trained until it has that loss: columns ``tokens`` and ``flops``.
 
     Sardana et al. 2024 (arXiv 2401.00448, section 2): 6 N D + 2 N D_inference FLOPs, with D the tokens at which
@@ -555,11 +529,7 @@ def lifetime(
     return pd.DataFrame({"tokens": tokens, "flops": 6 * n_params * tokens + 2 * n_params * inference_tokens})
 
 
-Trained = TypeVar("Trained")
-
-
-@dataclass(frozen=True, slots=True)
-class Study(Generic[Trained]):
+class Study(NamedTuple):
     """What `predict_rank_select` did: the ``released`` shape, what was ``trained``, and a table with every shape.
 
     Its columns: shape, loss, latency_s, within (the cap), rank (by predicted loss, of those within), probability_best,
@@ -567,7 +537,7 @@ class Study(Generic[Trained]):
     """
 
     released: Shape
-    trained: dict[Shape, Trained]
+    trained: dict[Shape, Any]
     table: pd.DataFrame
 
 
@@ -576,12 +546,12 @@ def predict_rank_select(
     *,
     predict: Callable[[Shapes], Array],
     measure: Callable[[Shape], float],
-    train: Callable[[Shape], Trained],
-    evaluate: Callable[[Trained], float],
+    train: Callable[[Shape], Any],
+    evaluate: Callable[[Any], float],
     max_latency_s: float,
     contain: float = CONTAIN,
     progress: Callable[[str], None] = lambda line: None,
-) -> Study[Trained]:
+) -> Study:
     """The paper's method (section 2.3 and figure 6) with every step given: the best shape within a latency.
 
     ``predict`` gives losses of all n shapes, shape (1 + k, n): a row of values, then k draws. ``measure`` gives the
@@ -590,40 +560,31 @@ def predict_rank_select(
     through ``evaluate``, whose score is the better the higher. The best score is released, the lower predicted
     loss where scores are equal. Raises ``InputError`` where no shape is within the latency.
     """
-    losses = np.atleast_2d(predict(shapes))
-    latency_s = np.empty(len(shapes))
+    losses, latency_s = np.atleast_2d(predict(shapes)), np.empty(len(shapes))
     for i in range(len(shapes)):
         progress(f"latency of {shapes[i]}, {i + 1} of {len(shapes)}")
         latency_s[i] = measure(shapes[i])
-    within = latency_s <= max_latency_s
-    if not within.any():
+    table = pd.DataFrame({"shape": [str(shapes[i]) for i in range(len(shapes))], "loss": losses[0], "latency_s": latency_s})
+    table["within"] = latency_s <= max_latency_s
+    if not table["within"].any():
         fastest = int(latency_s.argmin())
         raise InputError(
             f"no shape is within {max_latency_s:.4g} s: the fastest, {shapes[fastest]}, takes {latency_s[fastest]:.4g} s; "
             "raise the latency or give other shapes"
         )
-    ranked = np.flatnonzero(within)[np.argsort(losses[0, within], kind="stable")]
+    ranked = table[table["within"]].sort_values("loss", kind="stable").index.to_numpy()
     draws = losses[1:, ranked] if len(losses) > 1 else losses[:, ranked]
     odds = np.bincount(draws.argmin(axis=1), minlength=len(ranked)) / len(draws)
-    trained: dict[Shape, Trained] = {}
-    scores = np.full(len(shapes), np.nan)
     chosen = ranked[to_train(odds, contain)]
+    table["rank"] = pd.Series(range(1, len(ranked) + 1), ranked).reindex(table.index).astype("Int64")
+    table["probability_best"] = pd.Series(odds, ranked)
+    table["trained"] = table.index.isin(chosen)
+    trained: dict[Shape, Any] = {}
+    scores = np.full(len(shapes), np.nan)
     for number, i in enumerate(chosen, start=1):
         progress(f"training {shapes[i]}, {number} of {len(chosen)}")
         trained[shapes[i]] = train(shapes[i])
         scores[i] = evaluate(trained[shapes[i]])
+    table["score"] = scores
     released = chosen[scores[chosen].argmax()]
-    position = pd.Series(range(1, len(ranked) + 1), index=ranked)
-    table = pd.DataFrame(
-        {
-            "shape": [str(shapes[i]) for i in range(len(shapes))],
-            "loss": losses[0],
-            "latency_s": latency_s,
-            "within": within,
-            "rank": position.reindex(range(len(shapes))).astype("Int64"),
-            "probability_best": pd.Series(odds, index=ranked).reindex(range(len(shapes))),
-            "trained": np.isin(np.arange(len(shapes)), chosen),
-            "score": scores,
-        }
-    )
     return Study(shapes[released], trained, table)

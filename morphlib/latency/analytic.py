@@ -30,9 +30,8 @@ scaling transformer inference, arXiv 2211.05102, section 2; constants: ``data/RE
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
 from itertools import product
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -42,10 +41,10 @@ from numpy.typing import ArrayLike
 from scipy.optimize import least_squares, nnls
 
 from morphlib.errors import InputError
-from morphlib.latency import hardware
+from morphlib.latency import DATA, hardware
 from morphlib.latency.hardware import Estimate, Hardware
 from morphlib.laws import Array
-from morphlib.shapes import Bits, Shape, Shapes
+from morphlib.shapes import BITS, Bits, Shape, Shapes
 
 Mode = Literal["eager", "compiled", "graph"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -70,6 +69,7 @@ GROUPS = (
 EAGER_CACHE_PASSES = 3
 KERNEL_ROWS = tuple(f"r{number:03}" for number in range(55, 67))
 END_TO_END_ROWS = tuple(f"r{number:03}" for number in range(1, 8))
+ONE_MODEL = ["architecture", "shape"]  # rows that agree in these are of one model to this module
 CPU_TIMES = ("ttft_s", "tpot_s")
 CPU_COLUMNS = ("shape", "engine", "dtype", "batch", "in_tokens", "out_tokens", *CPU_TIMES)
 
@@ -80,7 +80,7 @@ class Workload:
 
     ``architecture`` names the code that runs the shape, a row of `operations`; ``latent_width`` is the numbers cached
     per token and layer with multi-head latent attention; ``kv_bits`` is 16 unless given, or 32 with 32-bit weights.
-    Raises ``InputError`` for numbers below 1 and an architecture whose operations nobody counted.
+    Raises ``InputError`` for numbers below 1, bits that are not counted and an architecture whose operations nobody counted.
     """
 
     batch: int = 1
@@ -92,9 +92,12 @@ class Workload:
     latent_width: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "in_tokens", "out_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give a whole number of at least 1")
+        for name in ("batch", "in_tokens", "out_tokens", "latent_width"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise InputError(f"{name} is {number}; give a whole number of at least 1")
+        for bits in (self.weight_bits, self.kv_bits or self.number_bits):
+            if bits not in BITS:
+                raise InputError(f"{bits} bits are not counted; choose one of {', '.join(map(str, BITS))}")
         if self.architecture not in _table("operations").index:
             known = ", ".join(_table("operations").index)
             raise InputError(f"the operations of {self.architecture!r} are not counted; choose one of {known}")
@@ -132,8 +135,7 @@ class Breakdown:
 class Prediction:
     """Predicted times: to the first token, per further token (mean over the answer), and to the last token.
 
-    ``throughput_tokens_per_s`` counts the new tokens of all sequences. ``decode_step`` says where the time per
-    token goes, ``prefill_step`` where the time to the first token goes, at the values.
+    ``decode_step`` says where the time per token goes, at the values.
     """
 
     shape: Shape
@@ -142,9 +144,7 @@ class Prediction:
     ttft_s: Estimate
     tpot_s: Estimate
     e2e_s: Estimate
-    throughput_tokens_per_s: Estimate
     decode_step: Breakdown
-    prefill_step: Breakdown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +166,8 @@ class _Work(NamedTuple):
     matrix_bytes: Any
     vector_bytes: Any
     flops: Any
-    kernels: Any
-    operations: Any
+    kernels: Any = 0
+    operations: Any = 0
 
     def seconds(
         self, bytes_per_s: Any, flops_per_s: Any, kernel_s: Any, launch_s: Any, constant_s: Any, overlaps: bool = True
@@ -180,7 +180,7 @@ class _Work(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class Machine:
     """A machine and a mode with all that a prediction needs, each number an `Estimate`; ``of`` makes one.
 
     The constants belong to the machine, not to a shape. So each method takes one set of them for all shapes, and what
@@ -200,8 +200,8 @@ class Model:
         weight_bits: Bits = 16,
         host_launch_s: Estimate | None = None,
         constants: Mapping[str, Estimate] | None = None,
-    ) -> Model:
-        """The model of a machine; arguments and errors as `predict`."""
+    ) -> Machine:
+        """The machine of that name; arguments and errors as `predict`."""
         if mode not in MODES:
             raise InputError(f"{mode!r} is not a mode; choose one of {', '.join(MODES)}")
         device = gpu if isinstance(gpu, Hardware) else hardware.get(gpu, weight_bits)
@@ -253,22 +253,10 @@ class Model:
             "launch_s": at["host_launch_s"],
             "overlaps": self.device.clock_hz is not None,
         }
+        prefill, decode = _phases(shape, work, EAGER_CACHE_PASSES if self.mode == "eager" else 1)
         dispatched, views, fused = _counts(work.architecture, shape.n_layers)
-        weight_bytes = shape.weight_bytes(work.weight_bits, "without_input_embedding")
-        context = work.in_tokens + work.out_tokens / 2  # the cache grows by one token per step: the mean over the answer
-        cache_bytes = work.cache_bytes_per_token(shape) * context
-        prefill = _Work(
-            matrix_bytes=weight_bytes,
-            vector_bytes=_vector_bytes(shape, work.batch * work.in_tokens, work.number_bits),
-            flops=work.batch * work.in_tokens * shape.prefill_flops_per_token(work.in_tokens),
-            kernels=dispatched,
-            operations=dispatched + views,
-        )
-        decode = prefill._replace(
-            matrix_bytes=weight_bytes + cache_bytes * (EAGER_CACHE_PASSES if self.mode == "eager" else 1),
-            vector_bytes=_vector_bytes(shape, work.batch, work.number_bits),
-            flops=work.batch * shape.decode_flops_per_token(context),
-        )
+        prefill = prefill._replace(kernels=dispatched, operations=dispatched + views)
+        decode = decode._replace(kernels=dispatched, operations=dispatched + views)
         if self.mode != "eager":
             kernels = fused * at["fused_kernels"]
             decode = decode._replace(kernels=kernels, operations=kernels * (self.mode == "compiled"))
@@ -291,11 +279,8 @@ class Model:
 
     def check_room(self, shape: Shape, work: Workload) -> None:
         """Raise ``InputError`` where weights and cache do not fit the device."""
-        try:
-            needed = work.memory_bytes(shape)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        if needed > (memory := self.device.memory_bytes):
+        needed, memory = work.memory_bytes(shape), self.device.memory_bytes
+        if needed > memory:
             room = f"{needed / 1e9:.1f} GB of weights and cache do not fit the {memory / 1e9:.0f} GB of {self.device.name}"
             raise InputError(f"{shape}: {room}; take fewer bits, a smaller batch or shorter texts")
 
@@ -317,28 +302,17 @@ def predict(
     weights on a GPU whose datasheet is of 16, and where weights and cache do not fit the device.
     """
     work = Workload(**workload)
-    model = Model.of(gpu, mode, weight_bits=work.weight_bits, host_launch_s=host_launch_s, constants=constants)
-    model.check_room(shape, work)
-    times = [model.times(shape, work, model.at(end)) for end in ENDS]
-    origin = f"predicted for {model.device.name}, {mode}"
-
-    def estimate(low: float, value: float, high: float) -> Estimate:
+    machine = Machine.of(gpu, mode, weight_bits=work.weight_bits, host_launch_s=host_launch_s, constants=constants)
+    machine.check_room(shape, work)
+    times = [machine.times(shape, work, machine.at(end)) for end in ENDS]
+    origin = f"predicted for {machine.device.name}, {mode}"
+    estimates = {}
+    for name in ("ttft_s", "tpot_s", "e2e_s"):
+        low, value, high = (float(at[name]) for at in times)
         # two ends can be the same sum, added in another order
-        return Estimate(float(value), float(min(low, value, high)), float(max(low, value, high)), origin)
-
-    tokens = work.batch * work.out_tokens
-    prefill, decode = model.steps(shape, work, model.at("value"))
-    return Prediction(
-        shape=shape,
-        gpu=model.device.name,
-        mode=mode,
-        ttft_s=estimate(*(at["ttft_s"] for at in times)),
-        tpot_s=estimate(*(at["tpot_s"] for at in times)),
-        e2e_s=estimate(*(at["e2e_s"] for at in times)),
-        throughput_tokens_per_s=estimate(*(tokens / at["e2e_s"] for at in times)),
-        decode_step=decode,
-        prefill_step=prefill,
-    )
+        estimates[name] = Estimate(value, min(low, value, high), max(low, value, high), origin)
+    decode = machine.steps(shape, work, machine.at("value"))[1]
+    return Prediction(shape=shape, gpu=machine.device.name, mode=mode, decode_step=decode, **estimates)
 
 
 def ratio(
@@ -353,20 +327,32 @@ def ratio(
 ) -> Estimate:
     """A predicted time of the first shape over that of the second on one machine: every constant is the same for both.
 
-    The interval runs over all combinations of the ends of the constants (``Model.combinations``), so it is narrower
+    The interval runs over all combinations of the ends of the constants (``Machine.combinations``), so it is narrower
     than what the two intervals would allow. Errors as `predict`.
     """
-    works = [
-        Workload(**workload),
-        Workload(**workload | ({"architecture": second_architecture} if second_architecture else {})),
-    ]
-    model = Model.of(gpu, mode, weight_bits=works[0].weight_bits)
+    work = Workload(**workload)
+    works = (work, replace(work, architecture=second_architecture or work.architecture))
+    machine = Machine.of(gpu, mode, weight_bits=work.weight_bits)
     times = []
     for shape, work in zip((first, second), works, strict=True):
-        model.check_room(shape, work)
-        times.append(model.times(shape, work, model.combinations())[time])
+        machine.check_room(shape, work)
+        times.append(machine.times(shape, work, machine.combinations())[time])
     ratios = (times[0] / times[1]).ravel()
-    return Estimate(float(ratios[0]), float(ratios.min()), float(ratios.max()), f"predicted for {model.device.name}, {mode}")
+    return Estimate(float(ratios[0]), float(ratios.min()), float(ratios.max()), f"predicted for {machine.device.name}, {mode}")
+
+
+def _phases(shape: Shape | Shapes, work: Workload, cache_passes: int) -> tuple[_Work, _Work]:
+    """The bytes and FLOPs of the prefill and of a mean step of decoding, which reads the cache ``cache_passes`` times."""
+    weight_bytes = shape.weight_bytes(work.weight_bits, "without_input_embedding")
+    context = work.in_tokens + work.out_tokens / 2  # the cache grows by one token per step: the mean over the answer
+    prompt, bits = work.batch * work.in_tokens, work.number_bits
+    prefill_flops = prompt * shape.prefill_flops_per_token(work.in_tokens)
+    decode_bytes = weight_bytes + work.cache_bytes_per_token(shape) * context * cache_passes
+    decode_flops = work.batch * shape.decode_flops_per_token(context)
+    return (
+        _Work(weight_bytes, _vector_bytes(shape, prompt, bits), prefill_flops),
+        _Work(decode_bytes, _vector_bytes(shape, work.batch, bits), decode_flops),
+    )
 
 
 def _vector_bytes(shape: Shape | Shapes, tokens: float, bits: int) -> Any:
@@ -380,8 +366,7 @@ def _vector_bytes(shape: Shape | Shapes, tokens: float, bits: int) -> Any:
 
 @cache
 def _table(name: str) -> pd.DataFrame:
-    with resources.files("morphlib").joinpath(f"data/{name}.csv").open(encoding="utf-8") as file:
-        return pd.read_csv(file, index_col=0)
+    return pd.read_csv(DATA / f"{name}.csv", index_col=0)
 
 
 def reference(rows: Sequence[str] | None = None) -> pd.DataFrame:
@@ -437,7 +422,7 @@ def _layer_seconds(rows: pd.DataFrame, theta: Sequence[float] | Array) -> Array:
         weights = (groups["attention"] + groups["feed_forward"]) / shape.n_layers
         # the profile adds once per layer, where a whole layer adds twice
         vector_bytes = _vector_bytes(shape, tokens, 16) / shape.n_layers - tokens * 6 * shape.d_model
-        work = _Work(2 * weights, vector_bytes, flops=2 * weights * tokens, kernels=row["kernels"], operations=0)
+        work = _Work(2 * weights, vector_bytes, flops=2 * weights * tokens, kernels=row["kernels"])
         bytes_per_s = device.memory_bandwidth_bytes_per_s.value * theta[0]
         kernel_s = theta[2] / device.clock_hz if device.clock_hz else 0.0
         seconds.append(work.seconds(bytes_per_s, device.peak_flops_per_s.value * theta[1], kernel_s, 0.0, 0.0).total_s)
@@ -494,7 +479,7 @@ def fitted_constants() -> Mapping[str, Estimate]:
     )
 
     launch, loop = fit_end_to_end(end_to_end)
-    loops = [loop, *(fit_end_to_end(end_to_end[~held])[1] for held in _groups(end_to_end))]
+    loops = [loop, *(fit_end_to_end(end_to_end.drop(held.index))[1] for _, held in end_to_end.groupby(ONE_MODEL))]
     around = _two_rms(_dispatched(end_to_end) * launch + loop, _per_step(end_to_end))
     origin = f"fitted here on rows {END_TO_END_ROWS[0]} to {END_TO_END_ROWS[-1]} (an A100's host, transformers, eager)"
     slowest = stated.pop("slowest_host_launch_s")
@@ -512,12 +497,6 @@ def _two_rms(fitted: Array, measured: Array) -> float:
 
 
 # --- scores -----------------------------------------------------------------------------------------------------
-
-
-def _groups(rows: pd.DataFrame) -> list[pd.Series[bool]]:
-    """Masks of the rows to leave out together: those of one architecture and shape are one model to this module."""
-    keys = rows["architecture"] + " " + rows["shape"]
-    return [keys == key for key in keys.unique()]
 
 
 def _score(name: str, labels: Iterable[str], measured: ArrayLike, predicted: ArrayLike) -> Score:
@@ -543,24 +522,15 @@ def score_end_to_end() -> Score:
     OPT and OPT-IML are one architecture and one shape, and are left out together.
     """
     rows = reference(END_TO_END_ROWS)
-    predicted: dict[str, float] = {}
-    for held in _groups(rows):
-        launch, loop = (Estimate(number, number, number) for number in fit_end_to_end(rows[~held]))
+    predicted: dict[Any, float] = {}
+    for _, held in rows.groupby(ONE_MODEL):
+        launch, loop = (Estimate(number, number, number) for number in fit_end_to_end(rows.drop(held.index)))
         known = {**fitted_constants(), "host_launch_s": launch, "step_s": loop}
-        predicted |= {row["id"]: _as_measured(row, known) for row in rows[held].reset_index().to_dict("records")}
-    return _score("end to end, one model left out", rows.index, rows["value"], [predicted[row] for row in rows.index])
-
-
-def _as_measured(row: Mapping[Any, Any], known: Mapping[str, Estimate]) -> float:
-    return predict(
-        Shape.parse(row["shape"]),
-        row["hardware"],
-        batch=int(row["batch"]),
-        in_tokens=int(row["in_tokens"]),
-        out_tokens=int(row["out_tokens"]),
-        architecture=row["architecture"],
-        constants=known,
-    ).e2e_s.value
+        for label, row in held.iterrows():
+            asked: dict[str, Any] = {name: int(row[name]) for name in ("batch", "in_tokens", "out_tokens")}
+            asked |= {"architecture": row["architecture"], "constants": known}
+            predicted[label] = predict(Shape.parse(row["shape"]), row["hardware"], **asked).e2e_s.value
+    return _score("end to end, one model left out", rows.index, rows["value"], rows.index.map(predicted))
 
 
 CpuFit = dict[tuple[str, str], dict[str, Array]]
@@ -570,16 +540,10 @@ _parsed = cache(Shape.parse)  # leaving shapes out reads each of them a thousand
 
 def _cpu_design(row: Mapping[Any, Any], time: str) -> list[float]:
     """What a CPU takes time for: bytes, FLOPs, layers and one."""
-    shape, batch, tokens = _parsed(row["shape"]), row["batch"], row["in_tokens"]
-    bits: Bits = 32 if row["dtype"] == "fp32" else 16
-    weight_bytes = shape.weight_bytes(bits, "without_input_embedding")
-    if time == "ttft_s":
-        n_bytes = weight_bytes + _vector_bytes(shape, batch * tokens, bits)
-        return [n_bytes, batch * tokens * shape.prefill_flops_per_token(tokens), shape.n_layers, 1]
-    context = tokens + row["out_tokens"] / 2
-    kv_bytes = EAGER_CACHE_PASSES * batch * shape.kv_bytes_per_token(bits) * context
-    n_bytes = weight_bytes + kv_bytes + _vector_bytes(shape, batch, bits)
-    return [n_bytes, batch * shape.decode_flops_per_token(context), shape.n_layers, 1]
+    shape, lengths = _parsed(row["shape"]), {name: row[name] for name in ("batch", "in_tokens", "out_tokens")}
+    steps = _phases(shape, Workload(**lengths, weight_bits=32 if row["dtype"] == "fp32" else 16), EAGER_CACHE_PASSES)
+    step = steps[CPU_TIMES.index(time)]
+    return [step.matrix_bytes + step.vector_bytes, step.flops, shape.n_layers, 1]
 
 
 def fit_cpu(rows: pd.DataFrame) -> CpuFit:

@@ -33,8 +33,13 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser], cou
         request.add_argument(f"--{name}", type=count, metavar="N", help=unit)
     request.add_argument("--json", action="store_true", help="print one JSON object")
 
-    about = "Time generation on this machine, each shape in a process of its own, in turn."
-    measure = latency.add_parser("measure", parents=[request], help="time generation on this machine", description=about)
+    def add(name: str, run: Callable[..., Any], show: Callable[..., None], help: str, parents: Any = ()) -> Any:
+        # the docstring of what a command runs is its description
+        command = latency.add_parser(name, parents=parents, help=help, description=run.__doc__)
+        command.set_defaults(run=run, show=show)
+        return command
+
+    measure = add("measure", _measure, _show, "time generation on this machine", [request])
     measure.add_argument("--shape", action="append", metavar="SHAPE", help=f"{what}, or a folder with a model; may be repeated")
     measure.add_argument("--engine", choices=ENGINES, help="(default: hf-eager)")
     measure.add_argument("--dtype", choices=DTYPES, help="(default: bf16)")
@@ -48,10 +53,8 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser], cou
     measure.add_argument("--cap-seconds", type=count, metavar="S", help="stop after so long, converged or not (default: 90)")
     measure.add_argument("--grid", type=Path, metavar="CSV", help="time the rows of this file instead of --shape")
     measure.add_argument("--record", type=Path, metavar="CSV", help="append each row to this file; skip what it holds already")
-    measure.set_defaults(run=_measure, show=_show)
 
-    about = "Predict latency from a shape and a GPU's specifications."
-    predict = latency.add_parser("predict", parents=[request], help="predict latency on a GPU", description=about)
+    predict = add("predict", _predict, _show, "predict latency on a GPU", [request])
     predict.add_argument("--shape", action="append", required=True, metavar="SHAPE", help=f"{what}; may be repeated")
     predict.add_argument("--gpu", action="append", metavar="GPU", help=f"{', '.join(hardware.GPUS)} or this; may be repeated")
     predict.add_argument("--mode", default="eager", metavar="MODE", help="eager, compiled or graph (default: %(default)s)")
@@ -59,13 +62,10 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser], cou
     predict.add_argument("--kv-bits", type=int, choices=BITS, help="(default: 16)")
     launch = "cost of dispatching one operation on the host, in microseconds, with its interval"
     predict.add_argument("--host-launch-us", dest="host_launch_s", type=_interval, metavar="VALUE[,LOW,HIGH]", help=launch)
-    predict.set_defaults(run=_predict, show=_show)
 
-    about = "Measure bandwidth, matrix throughput and launch cost of this machine, for --gpu this. Takes less than a minute."
-    calibrate = latency.add_parser("calibrate", help="measure this machine for --gpu this", description=about)
+    calibrate = add("calibrate", _calibrate, _show_calibration, "measure this machine for --gpu this")
     calibrate.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
     calibrate.add_argument("--json", action="store_true", help="print one JSON object")
-    calibrate.set_defaults(run=_calibrate, show=_show_calibration)
 
 
 def _interval(text: str) -> hardware.Estimate:
@@ -79,6 +79,7 @@ def _interval(text: str) -> hardware.Estimate:
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time generation on this machine, each shape in a process of its own, in turn."""
     from tqdm import tqdm
 
     from morphlib.latency import timing
@@ -146,6 +147,7 @@ def _result(m: Measurement) -> dict[str, Any]:
 
 
 def _predict(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Predict latency from a shape and a GPU's specifications."""
     from morphlib.latency import analytic, models
 
     names = ("batch", "in_tokens", "out_tokens", "weight_bits", "kv_bits", "host_launch_s")
@@ -163,6 +165,7 @@ def _predict(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure bandwidth, matrix throughput and launch cost of this machine, for --gpu this. Takes less than a minute."""
     if sys.stderr.isatty():
         print("measuring bandwidth, throughput and launch cost, about half a minute", file=sys.stderr)
     return hardware.calibrate(arguments.device) | {"path": str(hardware.calibration_path())}
