@@ -44,7 +44,9 @@ def add_commands(
     build.add_argument("--json", action="store_true", help="print one JSON object")
     build.set_defaults(run=_build, show=_show_corpus)
 
-    about = "Train a model from a recipe. The same command goes on where it was broken off, and ends with the same bits."
+    about = (
+        "Train a model from a recipe. The same command goes on where it was broken off, and on a CPU ends with the same bits."
+    )
     several = "Under torchrun the model is sharded over the processes."
     train = commands.add_parser("train", help="train a model", description=about, epilog=several)
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, models and rows")
@@ -65,11 +67,11 @@ def add_commands(
     own.add_argument("--schedule", choices=get_args(recipes.Schedule), help="trunk: one run, and a branch for each budget")
     for name, least in (("warmup-steps", 0), ("batch", 1), ("sequence", 1), ("accumulate", 1), ("seed", 0)):
         own.add_argument(f"--{name}", type=at_least(least), metavar="N")
-    own.add_argument("--base-width", type=count, metavar="N", help="scale the rate of matrices with N / width (muP)")
+    own.add_argument("--base-width", type=count, metavar="N", help="scale the rate of matrices with N / width, as muP")
     own.add_argument("--weight-decay", type=float, metavar="X")
     own.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 is autocast")
     own.add_argument("--compile", action="store_true", default=None, help="pays for runs of more than a few minutes")
-    own.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, a third more work")
+    own.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more work")
     train.set_defaults(run=_train, show=_show_rows)
 
 
