@@ -30,9 +30,10 @@ class Recipe:
     """How a model is trained. The defaults that have no size in them are the paper's (``data/recipes.csv``).
 
     A step reads ``batch`` sequences of ``sequence`` tokens, in ``accumulate`` parts. ``learning_rate`` is the peak, which a
-    cosine lowers to ``final_share`` of it; with ``base_width`` that of matrices is multiplied by base_width / width, that of the
-    embedding and of norms is not (the rates of muP for Adam, not its initialization: Yang et al., arXiv 2203.03466, table 3). ``z_loss`` multiplies the mean of
-    logsumexp^2. ``dtype`` is fp32, or bf16 for autocast. Raises ``InputError`` for a number that cannot be.
+    cosine lowers to ``final_share`` of it. With ``base_width`` that of matrices is multiplied by base_width / width, that of
+    the embedding and of norms is not: the rates of muP for Adam, not its initialization (Yang et al., arXiv 2203.03466,
+    table 3). ``z_loss`` multiplies the mean of logsumexp^2. ``dtype`` is fp32, or bf16 for autocast. Raises ``InputError`` for
+    a number that cannot be.
     """
 
     learning_rate: float = 3e-3
