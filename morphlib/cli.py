@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from morphlib import __version__, laws
+from morphlib import __version__, eval_commands, laws
 from morphlib.errors import InputError
 from morphlib.latency import commands as latency
 from morphlib.shapes import BITS, CONVENTIONS, GPT_NEOX_VOCABULARY, Convention
@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     design.set_defaults(run=_design, show=_show_rows("candidates"))
     _add_select(commands, [of_table, law], columns)
     latency.add_commands(commands, _Parser, _number(1))
+    eval_commands.add_commands(commands, _number(1))
     return parser
 
 
