@@ -26,6 +26,7 @@ from typing import Any
 import lm_eval.tasks
 import numpy as np
 import torch
+from lm_eval.api.metrics import mean
 from lm_eval.api.model import CacheHook
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -89,9 +90,10 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, all or nothing. Raises ``InputError`` where it cannot be written."""
+    """Write a JSON file, all or nothing, NaN as null. Raises ``InputError`` where it cannot be written."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
     with _whole(path) as place:
-        place.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+        place.write_text(json.dumps(plain), encoding="utf-8")
 
 
 # items
@@ -192,9 +194,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _fast(made: Any) -> PreTrainedTokenizerFast:
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END_OF_TEXT)
-    fast.backend_tokenizer.encode_special_tokens = True  # text that spells a special token is text
-    return fast
+    # text that spells a special token is text
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END_OF_TEXT, split_special_tokens=True)
 
 
 def tokenizer_of(vocab: int, folder: Path, given: Path | None = None) -> PreTrainedTokenizerFast:
@@ -333,10 +334,12 @@ def open_model(
     except InputError:
         raise
     except Exception as error:  # transformers and the hub's client raise many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             raise InputError(f"{checkpoint}: brings code of its own; read it, then allow it by --allow-code") from None
-        raise InputError(f"{checkpoint}: cannot be opened ({reason}); give a checkpoint, and go online for a name") from None
+        raise InputError(
+            f"{checkpoint}: cannot be opened ({reason[:300]}); give a checkpoint, and go online for a name"
+        ) from None
     held = lm.model.get_input_embeddings().weight.shape[0]
     if len(lm.tokenizer) > held:
         raise InputError(f"{checkpoint}: its tokenizer has {len(lm.tokenizer)} tokens and the model {held}; give its own")
@@ -372,8 +375,9 @@ def _all_tasks() -> TaskManager:
 
 
 def load_tasks(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """The tasks of lm-eval by name, a group as its members; ``folders`` have tasks beside those that come with lm-eval.
+    """The tasks of lm-eval by name, a group as its members, zero-shot unless a task says else.
 
+    ``folders`` have tasks beside those that come with lm-eval, such as `offline_tasks`; a name can be a task file's path.
     Raises ``InputError`` for an unknown name, and for a task that cannot be loaded.
     """
     for logger in ("lm_eval", "huggingface_hub"):
@@ -396,7 +400,15 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
                 reason = "its first item has no correct answer among its choices"
             what = "mend the task file" if Path(name).is_file() else "go online for its data, or take --tasks offline"
             raise InputError(f"{name}: cannot be loaded ({reason}); {what}") from None
+    for task in found.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
     return found
+
+
+def _means(task: Any) -> list[str]:
+    """The metrics whose value is a mean over the items."""
+    return [name for name, aggregate in task.aggregation().items() if aggregate is mean]
 
 
 def _gold(task: Any, doc: Mapping[str, Any]) -> int:
@@ -416,6 +428,8 @@ def _checked(name: str, task: Any, limit: int | None) -> str:
     docs = docs.select(range(min(limit or len(docs), len(docs))))
     if not len(docs):
         raise InputError(f"{name}: its data file has no items; give a file with some")
+    if not _means(task):
+        raise InputError(f"{name}: none of its metrics is a mean over items; call lm-eval itself for it")
     texts = [json.dumps(task.config.to_dict(), default=str, sort_keys=True)]
     for i, doc in enumerate(docs):
         texts.append(json.dumps(doc, default=str))
@@ -429,11 +443,11 @@ def _record(name: str, task: Any, lm: Harness, samples: Sequence[Mapping[str, An
     known = next((row for row in scores.paper_tasks().values() if name in (row["online"], row["offline"])), None)
     if known is None and name.startswith("mmlu_"):
         known = scores.paper_tasks()["mmlu"]
-    metrics = [metric for metric in samples[0]["metrics"] if isinstance(samples[0][metric], (int, float))]
+    metrics = _means(task)
     record: dict[str, Any] = {
         "task": name,
         "paper": known["name"] if known else None,
-        "metric": known["metric"] if known else next((m for m in ("acc", *metrics) if m in metrics), None),
+        "metric": known["metric"] if known else metrics[0],
         "ids": [f"{sample['doc_id']} {sample['doc_hash'][:16]}" for sample in samples],
         "category": [str(sample["doc"].get("category") or sample["doc"].get("subject") or name) for sample in samples],
         "scores": {metric: [float(sample[metric]) for sample in samples] for metric in metrics},
@@ -469,7 +483,7 @@ def run(
     progress: Progress = _silent,
     folder: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """The record of each task, with the task's hash; ``limit`` takes the first items only. Zero-shot unless a task says else.
+    """The record of each task, with the task's hash; ``limit`` takes the first items only.
 
     A finished task is kept in ``folder``, and so are the answers of one that is killed: a call with the same model, tasks,
     limit, seed, batch, device, dtype and versions goes on from there. Raises ``InputError`` for items without a right answer,
@@ -477,7 +491,7 @@ def run(
     """
     folder = folder or _home() / "results"
     hashes = {name: _checked(name, task, limit) for name, task in tasks.items()}
-    settings = [fingerprint(lm), limit, seed, lm.batch_size, str(lm.device), str(lm.model.dtype), versions()]
+    settings = [fingerprint(lm), limit, seed, lm.batch_size, str(lm.device), str(lm.model.dtype), lm.max_length, versions()]
     records = []
     for name, task in tasks.items():
         key = _hash(json.dumps([name, hashes[name], *settings]))[:32]
@@ -487,8 +501,6 @@ def run(
             records.append(json.loads(kept.read_text(encoding="utf-8")))
             continue
         progress(f"{name}: {len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))} items")
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
         torch.manual_seed(seed)
         folder.mkdir(parents=True, exist_ok=True)
