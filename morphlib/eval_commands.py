@@ -53,7 +53,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["records"])
+        found = list(json.loads(path.read_text(encoding="utf-8"))["records"])
+        if lacking := {"task", "metric", "ids", "category", "scores"} - set.intersection(*map(set, found)):
+            raise KeyError(min(lacking))
+        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no result of morph eval ({error}); write one by --out") from None
 
@@ -74,7 +77,7 @@ def _evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(arguments, name) for name in ("config", "tokenizer", "device", "dtype", "batch", "allow_code")}
     tasks = evaluation.load_tasks(names, folders)
     lm = evaluation.open_model(arguments.checkpoint, **options, progress=progress)
-    records = evaluation.run(lm, tasks, limit=arguments.limit, seed=arguments.seed, progress=progress)
+    records = scores.merge(evaluation.run(lm, tasks, limit=arguments.limit, seed=arguments.seed, progress=progress))
     rows = [scores.summary(record) for record in records]
     result = {
         "tasks": rows,

@@ -441,8 +441,6 @@ def _checked(name: str, task: Any, limit: int | None) -> str:
 def _record(name: str, task: Any, lm: Harness, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `morphlib.scores` reads, from lm-eval's own samples."""
     known = next((row for row in scores.paper_tasks().values() if name in (row["online"], row["offline"])), None)
-    if known is None and name.startswith("mmlu_"):
-        known = scores.paper_tasks()["mmlu"]
     metrics = _means(task)
     record: dict[str, Any] = {
         "task": name,
@@ -470,8 +468,7 @@ def _record(name: str, task: Any, lm: Harness, samples: Sequence[Mapping[str, An
             record["scores"].setdefault(scores.TOKEN_METRIC, []).append(float(np.argmax(per_token) == gold))
             answers.append(tuple(task.doc_to_choice(sample["doc"])))
             right.append(gold)
-    constant = max(Counter(right).values()) / len(right) if right and len(set(answers)) == 1 else None
-    return record | {"constant": constant, "truncated": n_truncated}
+    return record | {"right": right if len(set(answers)) == 1 else [], "truncated": n_truncated}
 
 
 def run(

@@ -8,7 +8,7 @@ A record holds the answers to one task, column by column, and no text:
     category       of each item; a task's value is the plain mean of those of its categories
     scores         by metric one number for each item, mostly 0 or 1
     chance         of each item, the probability of a right guess
-    constant       the share of the most frequent answer where all items have the same answers to choose from
+    right          of each item, the number of the right answer; none where not all items have the same answers to choose from
     nats, bytes    of each right answer: minus its log-probability, and its length in UTF-8
     truncated      items whose beginning the model could not read
 """
@@ -16,7 +16,9 @@ A record holds the answers to one task, column by column, and no text:
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -29,6 +31,7 @@ from morphlib.errors import InputError
 
 Record = Mapping[str, Any]
 TOKEN_METRIC = "acc_token"  # llm-foundry's: the answer of the largest log-probability per token
+SUBJECTS = 57  # of MMLU
 DRAWS = 10_000  # of a bootstrap
 _Z = float(norm.ppf(0.975))
 
@@ -65,6 +68,23 @@ def macro_mean(values: Sequence[float] | np.ndarray, category: Sequence[str]) ->
     return float(np.mean([cell.mean() for cell in cells])), math.sqrt(sum(squares)) / len(cells)
 
 
+def merge(records: Sequence[Record]) -> list[Record]:
+    """The records, those of the 57 subjects that lm-eval has in place of one MMLU put together; fewer subjects stay apart."""
+    subjects = [record for record in records if record["task"].startswith("mmlu_") and record["paper"] is None]
+    if len(subjects) != SUBJECTS:
+        return list(records)
+    whole: dict[str, Any] = {**subjects[0], "task": "mmlu", "paper": "mmlu", "ids": [], "category": [], "scores": {}}
+    whole |= {name: [value for record in subjects for value in record[name]] for name in ("chance", "right", "nats", "bytes")}
+    for record in subjects:
+        whole["ids"] += [f"{record['task']} {name}" for name in record["ids"]]
+        whole["category"] += [record["task"].removeprefix("mmlu_")] * len(record["ids"])
+        for metric, values in record["scores"].items():
+            whole["scores"].setdefault(metric, []).extend(values)
+    whole["truncated"] = sum(record["truncated"] for record in subjects)
+    whole["task_hash"] = hashlib.sha256("".join(record["task_hash"] for record in subjects).encode()).hexdigest()
+    return [whole, *(record for record in records if record not in subjects)]
+
+
 def _ratio(nats: Sequence[float], n_bytes: Sequence[int]) -> tuple[float, float]:
     """The sum of one over the sum of the other in bits, and its standard error (of a ratio estimator)."""
     bits, sizes = np.asarray(nats, dtype=float) / math.log(2), np.asarray(n_bytes, dtype=float)
@@ -91,7 +111,8 @@ def summary(record: Record) -> dict[str, Any]:
     row = {name: record[name] for name in ("task", "paper", "metric", "task_hash", "truncated") if name in record}
     row |= {"value": value, "standard_error": error, "low": low, "high": high, "n": len(scores)}
     if is_right_or_wrong and "chance" in record:
-        chance = max(macro_mean(record["chance"], category)[0], record["constant"] or 0.0)
+        most_frequent = max(Counter(record["right"]).values(), default=0) / len(scores)
+        chance = max(macro_mean(record["chance"], category)[0], most_frequent)
         where = "below" if high < chance else "above" if low > chance else "at"
         row |= {"chance": chance, "verdict": f"{where} chance"}
     if TOKEN_METRIC in record["scores"]:

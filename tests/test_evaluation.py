@@ -320,8 +320,8 @@ def test_log_probabilities_and_llm_foundrys_rule_by_hand(checkpoint):
 
 def test_chance_counts_the_choices_and_the_most_frequent_answer(checkpoint):
     records = {r["task"]: r for r in evaluation.run(evaluation.open_model(str(checkpoint)), offline())}
-    assert records["arc_easy_offline"]["chance"] == [1 / 3, 1 / 2] and records["arc_easy_offline"]["constant"] is None
-    assert records["boolq_offline"]["constant"] == 0.5 and records["mmlu_offline"]["constant"] == 1 / 3
+    assert records["arc_easy_offline"]["chance"] == [1 / 3, 1 / 2] and records["arc_easy_offline"]["right"] == []
+    assert records["boolq_offline"]["right"] == [0, 1] and records["mmlu_offline"]["right"] == [0, 1, 2]
     assert records["winogrande_offline"]["chance"] == [0.5, 0.5]
     assert records["lambada_openai_offline"]["chance"] == [0.0, 0.0]
     assert records["jeopardy_offline"]["category"] == ["science", "world_history"]

@@ -22,7 +22,7 @@ def record(right, category=None, **columns):
         "ids": [str(i) for i in range(n)],
         "category": category or ["t"] * n,
     }
-    standard |= {"scores": {"acc": list(map(float, right))}, "chance": [0.25] * n, "constant": None}
+    standard |= {"scores": {"acc": list(map(float, right))}, "chance": [0.25] * n, "right": []}
     return {**standard, "nats": [1.0] * n, "bytes": [2] * n, "truncated": 0, **columns}
 
 
@@ -79,13 +79,25 @@ def test_categories_count_alike_whatever_their_size():
 
 
 @pytest.mark.parametrize(
-    ("n_right", "constant", "verdict"),
-    [(25, None, "at"), (33, None, "at"), (60, None, "above"), (5, None, "below"), (60, 0.62, "at"), (80, 0.62, "above")],
+    ("n_right", "n_yes", "verdict"),
+    [(25, 0, "at"), (33, 0, "at"), (60, 0, "above"), (5, 0, "below"), (60, 62, "at"), (80, 62, "above")],
 )
-def test_a_model_at_chance_is_said_to_be_so(n_right, constant, verdict):
-    row = scores.summary(record([1] * n_right + [0] * (100 - n_right), constant=constant))
+def test_a_model_at_chance_is_said_to_be_so(n_right, n_yes, verdict):
+    right = [1] * n_yes + [0] * (100 - n_yes) if n_yes else []
+    row = scores.summary(record([1] * n_right + [0] * (100 - n_right), right=right))
     assert row["verdict"] == f"{verdict} chance"
-    assert row["chance"] == (constant or 0.25) and row["low"] < row["value"] < row["high"]
+    assert row["chance"] == (n_yes / 100 or 0.25) and row["low"] < row["value"] < row["high"]
+
+
+def test_mmlu_online_is_one_task_of_57_subjects():
+    parts = [record([i % 2] * (1 + i), task=f"mmlu_{i}", task_hash=str(i), right=[i % 4] * (1 + i)) for i in range(57)]
+    other = record([1, 0], task="copa", paper="copa")
+    whole, left = scores.merge([other, *parts])
+    assert left == other and (whole["task"], whole["paper"]) == ("mmlu", "mmlu")
+    row = scores.summary(whole)
+    assert row["n"] == sum(range(1, 58)) and row["value"] == pytest.approx(28 / 57) and len(row["categories"]) == 57
+    assert len(set(whole["ids"])) == row["n"] == len(whole["right"])
+    assert scores.merge([other, *parts[1:]]) == [other, *parts[1:]]
 
 
 def test_a_model_that_knows_nothing_needs_eight_bits_a_byte():
