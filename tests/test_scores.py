@@ -13,8 +13,8 @@ NAMES = list(scores.paper_tasks())
 outcomes = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=80)
 
 
-def record(right, category=None, **columns):
-    n = len(right)
+def record(hits, category=None, **columns):
+    n = len(hits)
     standard = {
         "task": "t",
         "paper": None,
@@ -22,7 +22,7 @@ def record(right, category=None, **columns):
         "ids": [str(i) for i in range(n)],
         "category": category or ["t"] * n,
     }
-    standard |= {"scores": {"acc": list(map(float, right))}, "chance": [0.25] * n, "right": []}
+    standard |= {"scores": {"acc": list(map(float, hits))}, "chance": [0.25] * n, "right": []}
     return {**standard, "nats": [1.0] * n, "bytes": [2] * n, "truncated": 0, **columns}
 
 
