@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from morphlib import __version__, laws, training_commands
+from morphlib import __version__, evaluation_commands, laws, training_commands
 from morphlib.errors import InputError
 from morphlib.latency import commands as latency
 from morphlib.shapes import BITS, CONVENTIONS, GPT_NEOX_VOCABULARY, Convention
@@ -79,7 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="morph", description="Scaling laws for inference-efficient language models.")
     parser.add_argument("--version", action="version", version=f"morph {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_commands_of_laws(commands)
+    latency.add_commands(commands, _Parser, _number(1))
+    training_commands.add_commands(commands, _Parser, _number, _above_zero)
+    evaluation_commands.add_commands(commands, _number(1), _show_table)
+    return parser
 
+
+def _add_commands_of_laws(commands: Any) -> None:
     of_table = _Parser(add_help=False)
     of_table.add_argument("--count", choices=CONVENTIONS, help="how N is counted; converts a table that counts otherwise")
     mapped = "columns of the file that have other names, n_params=N,tokens=D"
@@ -130,9 +137,6 @@ def _parser() -> argparse.ArgumentParser:
     about = "choose the shape to train under caps on parameters, tokens and latency"
     of_latency = " Latency is end to end, predicted for a GPU unless --latencies gives it."
     _add_options_of_select(add("select", _select, _show_select, [of_table, law], about, of_latency))
-    latency.add_commands(commands, _Parser, _number(1))
-    training_commands.add_commands(commands, _Parser, _number, _above_zero)
-    return parser
 
 
 def _add_options_of_select(select: argparse.ArgumentParser) -> None:

@@ -1,0 +1,67 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from morphlib import minimal_pairs
+from morphlib.errors import InputError
+from morphlib.minimal_pairs import LEVELS, make, unseen
+
+ITEMS = make(2000)
+NUMBER = {form: number for noun in minimal_pairs._words()["noun"] for number, form in enumerate(noun[:2])}
+
+
+def test_levels_and_numbers_are_balanced_and_no_sentence_comes_twice():
+    for n, seed in ((10, 0), (2000, 0), (2000, 7), (5000, 1)):
+        items = make(n, seed)
+        assert len({(item["context"], *item["choices"]) for item in items}) == len(items) == n
+        assert set(Counter((item["category"], item["gold"]) for item in items).values()) == {n // (2 * len(LEVELS))}
+        assert {item["category"] for item in items[:10]} == set(LEVELS)
+
+
+def test_the_seed_decides():
+    assert make(100, 3) == make(100, 3) != make(100, 4)
+
+
+def test_the_two_sentences_differ_in_the_verb_alone():
+    for item in ITEMS:
+        right, wrong = (f"{item['context']} {choice}".split() for choice in item["choices"])
+        assert [a == b for a, b in zip(right, wrong, strict=True)].count(False) == 1
+
+
+def test_the_verb_agrees_with_the_first_noun_and_the_others_have_the_other_number():
+    n_others = {"simple": 0, "modified": 0, "one_distractor": 1, "two_distractors": 2, "relative_clause": 1}
+    for item in ITEMS:
+        subject, *others = (NUMBER[word] for word in item["context"].split() if word in NUMBER)
+        assert item["gold"] == subject
+        assert others == [1 - subject] * n_others[item["category"]]
+
+
+def test_the_sentences_are_what_they_look_like():
+    item = next(item for item in ITEMS if item["category"] == "relative_clause" and item["gold"] == 0)
+    words = item["context"].split()
+    clause = {verb[1] for verb in minimal_pairs._words()["transitive"]}
+    assert words[0] == "The" and words[2:4] == ["that", "the"] and words[-1] in clause
+
+
+@pytest.mark.parametrize("n", [0, -10, 7, 2005, 5010])
+def test_a_number_that_cannot_be_shared_is_refused(n):
+    with pytest.raises(InputError, match="multiple of 10"):
+        make(n)
+
+
+@given(st.sets(st.integers(0, len(ITEMS) - 1), max_size=5), st.sampled_from([str.upper, str.title, lambda text: f"«{text}»,"]))
+def test_what_the_training_text_has_is_left_out(planted, written):
+    texts = [
+        f"They say: {written(ITEMS[i]['context'] + ' ' + ITEMS[i]['choices'][ITEMS[i]['gold']])} So it goes." for i in planted
+    ]
+    kept, _ = unseen(ITEMS, texts)
+    left_out = {" ".join(minimal_pairs._spelled(ITEMS[i])) for i in planted}
+    assert [item for item in ITEMS if " ".join(minimal_pairs._spelled(item)) not in left_out] == kept
+
+
+def test_words_that_the_text_does_not_have_are_named():
+    kept, strange = unseen(ITEMS[:10], ["The kings, the king; is are."])
+    assert len(kept) == 10 and "king" not in strange and "that" in strange
+    assert unseen(ITEMS[:10], [])[0] == ITEMS[:10]

@@ -1,0 +1,167 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from statsmodels.stats.contingency_tables import mcnemar
+
+from morphlib import scores
+from morphlib.errors import InputError
+
+NAMES = list(scores.paper_tasks())
+outcomes = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=80)
+
+
+def record(hits, category=None, **columns):
+    n = len(hits)
+    standard = {
+        "task": "t",
+        "paper": None,
+        "metric": "acc",
+        "ids": [str(i) for i in range(n)],
+        "category": category or ["t"] * n,
+    }
+    standard |= {"scores": {"acc": list(map(float, hits))}, "chance": [0.25] * n, "right": []}
+    return {**standard, "nats": [1.0] * n, "bytes": [2] * n, "truncated": 0, **columns}
+
+
+# the paper's tasks
+
+
+def test_there_are_eleven_and_winograd_alone_is_not_offline():
+    assert len(NAMES) == 11
+    assert [name for name, task in scores.paper_tasks().items() if not task["offline"]] == ["winograd"]
+    for name, task in scores.paper_tasks().items():
+        assert task["metric"] in ("acc", "acc_norm") and task["licence"] and task["source"] and task["difference"], name
+
+
+def test_averages_of_public_models_come_back_to_the_printed_digit():
+    rows = scores.baselines()
+    assert len(rows) == 11
+    for row in rows:
+        assert f"{scores.average({name: float(row[name]) for name in NAMES}):.2f}" == row["average"], row["model"]
+
+
+@pytest.mark.parametrize("missing", NAMES)
+def test_ten_are_never_averaged_as_eleven(missing):
+    values = dict.fromkeys(NAMES, 0.5)
+    assert scores.average(values) == 0.5
+    with pytest.raises(InputError, match=missing):
+        scores.average({name: value for name, value in values.items() if name != missing})
+
+
+def test_a_mean_says_of_how_many_it_is():
+    rows = [{"paper": name, "value": i / 10, "standard_error": 0.01, "chance": 0.2} for i, name in enumerate(NAMES)]
+    eleven, ten = scores.of_the_eleven(rows), scores.of_the_eleven(rows[:-1])
+    assert eleven["of"] == 11 and eleven["missing"] == [] and eleven["value"] == pytest.approx(0.5)
+    assert eleven["standard_error"] == pytest.approx(0.01 / math.sqrt(11))
+    assert ten["of"] == 10 and ten["missing"] == ["winograd"] and ten["value"] == pytest.approx(0.45)
+    assert scores.of_the_eleven(rows[1:]) is None
+    assert scores.of_the_eleven([{"paper": None, "value": 1.0}]) is None
+
+
+# one model
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=50))
+def test_one_category_is_a_mean_with_its_standard_error(values):
+    value, error = scores.macro_mean(values, ["a"] * len(values))
+    assert value == pytest.approx(np.mean(values))
+    assert error == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def test_categories_count_alike_whatever_their_size():
+    value, error = scores.macro_mean([1, 1, 1, 1, 0, 1], ["a"] * 4 + ["b"] * 2)
+    assert value == 0.75 and error == pytest.approx(math.sqrt(0 + 0.5 / 2) / 2)
+    row = scores.summary(record([1, 1, 1, 1, 0, 1], ["a"] * 4 + ["b"] * 2))
+    assert row["value"] == 0.75 and [part["value"] for part in row["categories"]] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("n_right", "n_yes", "verdict"),
+    [(25, 0, "at"), (33, 0, "at"), (60, 0, "above"), (5, 0, "below"), (60, 62, "at"), (80, 62, "above")],
+)
+def test_a_model_at_chance_is_said_to_be_so(n_right, n_yes, verdict):
+    right = [1] * n_yes + [0] * (100 - n_yes) if n_yes else []
+    row = scores.summary(record([1] * n_right + [0] * (100 - n_right), right=right))
+    assert row["verdict"] == f"{verdict} chance"
+    assert row["chance"] == (n_yes / 100 or 0.25) and row["low"] < row["value"] < row["high"]
+
+
+def test_mmlu_online_is_one_task_of_57_subjects():
+    parts = [record([i % 2] * (1 + i), task=f"mmlu_{i}", task_hash=str(i), right=[i % 4] * (1 + i)) for i in range(57)]
+    other = record([1, 0], task="copa", paper="copa")
+    whole, left = scores.merge([other, *parts])
+    assert left == other and (whole["task"], whole["paper"]) == ("mmlu", "mmlu")
+    row = scores.summary(whole)
+    assert row["n"] == sum(range(1, 58)) and row["value"] == pytest.approx(28 / 57) and len(row["categories"]) == 57
+    assert len(set(whole["ids"])) == row["n"] == len(whole["right"])
+    assert scores.merge([other, *parts[1:]]) == [other, *parts[1:]]
+
+
+def test_a_model_that_knows_nothing_needs_eight_bits_a_byte():
+    sizes = [3, 7, 1, 12]
+    row = scores.summary(record([0, 0, 1, 0], nats=[size * math.log(256) for size in sizes], bytes=sizes))
+    assert row["bits_per_byte"] == pytest.approx(8) and row["bits_per_byte_error"] == pytest.approx(0, abs=1e-9)
+
+
+# two models
+
+
+@given(outcomes)
+def test_a_comparison_is_mcnemars(pairs):
+    first, second = (record(side) for side in zip(*pairs, strict=True))
+    (row,) = scores.compare([first], [second])
+    table = np.zeros((2, 2))
+    for x, y in pairs:
+        table[x, y] += 1
+    assert row["p"] == pytest.approx(mcnemar(table, exact=True).pvalue)
+    assert row["difference"] == pytest.approx((row["gained"] - row["lost"]) / len(pairs))
+    assert row["low"] <= row["difference"] + 1e-12 and row["difference"] <= row["high"] + 1e-12
+    (other,) = scores.compare([second], [first])
+    assert other["difference"] == pytest.approx(-row["difference"]) and other["p"] == pytest.approx(row["p"])
+
+
+def test_the_interval_is_that_of_paired_differences():
+    rng = np.random.default_rng(0)
+    x = rng.random(2000) < 0.5
+    y = np.where(rng.random(2000) < 0.8, x, rng.random(2000) < 0.7)
+    (row,) = scores.compare([record(x)], [record(y)])
+    change = y.astype(float) - x
+    half = 1.96 * change.std(ddof=1) / math.sqrt(2000)
+    assert [row["low"], row["high"]] == pytest.approx([change.mean() - half, change.mean() + half], abs=0.1 * half)
+    assert row["verdict"] == ("not told apart" if row["low"] <= 0 <= row["high"] else "second is better")
+
+
+@given(outcomes, st.randoms(use_true_random=False))
+def test_items_are_matched_by_name(pairs, random):
+    x, y = zip(*pairs, strict=True)
+    order = list(range(len(y)))
+    random.shuffle(order)
+    shuffled = record([y[i] for i in order], ids=[str(i) for i in order])
+    assert scores.compare([record(x)], [shuffled]) == scores.compare([record(x)], [record(y)])
+
+
+def test_only_common_items_count_and_there_must_be_some():
+    (row,) = scores.compare([record([1, 0, 1])], [record([0, 1], ids=["1", "7"])])
+    assert row["n"] == 1 and (row["first"], row["second"]) == (0.0, 0.0)
+    for other in (record([1], ids=["x"]), record([1], task="u")):
+        with pytest.raises(InputError, match="no item in common"):
+            scores.compare([record([1, 0])], [other])
+
+
+def test_tasks_of_the_paper_are_also_compared_together():
+    first = [record([1, 0, 0, 0], task=name, paper=name) for name in NAMES[:2]]
+    second = [record([1, 1, 0, 1], task=name, paper=name) for name in NAMES[:2]]
+    rows = scores.compare(first, second)
+    assert [row["task"] for row in rows] == [*NAMES[:2], "mean of 2 tasks"]
+    assert rows[-1]["difference"] == 0.5
+    assert rows[-1]["high"] - rows[-1]["low"] < rows[0]["high"] - rows[0]["low"]
+
+
+def test_bytes_compare_models_whatever_their_tokens():
+    first, second = record([1, 1], nats=[2.0, 4.0], bytes=[2, 4]), record([1, 1], nats=[1.0, 2.0], bytes=[2, 4])
+    (row,) = scores.compare([first], [second])
+    assert row["bits_per_byte_difference"] == pytest.approx(-0.5 / math.log(2))
+    assert row["bits_per_byte_difference_error"] == pytest.approx(0, abs=1e-12)
