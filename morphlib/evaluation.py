@@ -299,13 +299,13 @@ def open_model(
     tokenizer that does not match, and for a model that brings code unless ``allow_code``.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of model types that it does not know
-    path = real_model(progress) if checkpoint == REAL_MODEL else Path(checkpoint)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "batch_size": batch, "trust_remote_code": allow_code}
     options["device"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    local = checkpoint == REAL_MODEL or path.exists()
-    if not local and (path.suffix in (".pt", ".gguf") or path.is_absolute() or checkpoint.startswith(".")):
-        raise InputError(f"{checkpoint}: there is no such file or folder")
     try:
+        path = real_model(progress) if checkpoint == REAL_MODEL else Path(checkpoint)
+        local = path.exists()
+        if not local and (path.suffix in (".pt", ".gguf") or path.is_absolute() or checkpoint.startswith(".")):
+            raise InputError(f"{checkpoint}: there is no such file or folder")
         if path.suffix == ".pt" and local:
             if config is None:
                 raise InputError(f"{checkpoint}: name the model's configuration, Open-LM's JSON file, by --config")
@@ -351,12 +351,17 @@ def fingerprint(lm: Harness) -> str:
 
 
 def task_names(asked: str) -> list[str]:
-    """lm-eval's names for what is asked for: ``paper``, ``offline``, names divided by commas, and paths of task files."""
+    """lm-eval's names for what is asked for: ``paper``, ``offline``, names divided by commas, and paths of task files.
+
+    Raises ``InputError`` where that is nothing.
+    """
     column = {"paper": "online", "offline": "offline"}
     names: list[str] = []
     for name in filter(None, asked.split(",")):
         known = scores.paper_tasks().values()
         names += [task[column[name]] for task in known if task[column[name]]] if name in column else [name]
+    if not names:
+        raise InputError("no task is named; write paper, offline, agreement, or names of lm-eval")
     return list(dict.fromkeys(names))
 
 

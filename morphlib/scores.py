@@ -134,6 +134,8 @@ def of_the_eleven(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     It says which, in ``of`` and ``missing``; ten never stand for eleven. None for any other tasks.
     """
     found = {row["paper"]: row for row in rows if row.get("paper")}
+    if len(found) < sum(bool(row.get("paper")) for row in rows):  # one task twice, from two places
+        return None
     missing = [name for name in paper_tasks() if name not in found]
     if missing not in ([], [name for name, task in paper_tasks().items() if not task["offline"]]):
         return None

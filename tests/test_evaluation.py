@@ -497,6 +497,7 @@ GOOD = '{"q": "a", "choices": ["x", "y"], "gold": 1}\n'
         (["MODEL", "--tasks", "agreement", "--tokenizer", "NOWHERE"], "no tokenizer.json"),
         (["MODEL", "--tasks", "agreement", "--corpus", "NOWHERE"], "is no corpus"),
         (["MODEL", "--tasks", "agreement", "--limit", "10", "--out", "MODEL/config.json/x.json"], "give a place of yours"),
+        (["MODEL", "--tasks", ","], "no task is named"),
         ([], "name a checkpoint"),
         (["MODEL", "--compare", "EMPTY", "EMPTY"], "name a checkpoint"),
         (["--compare", "EMPTY", "NOWHERE"], "is no result"),

@@ -57,7 +57,7 @@ def test_a_mean_says_of_how_many_it_is():
     assert eleven["of"] == 11 and eleven["missing"] == [] and eleven["value"] == pytest.approx(0.5)
     assert eleven["standard_error"] == pytest.approx(0.01 / math.sqrt(11))
     assert ten["of"] == 10 and ten["missing"] == ["winograd"] and ten["value"] == pytest.approx(0.45)
-    assert scores.of_the_eleven(rows[1:]) is None
+    assert scores.of_the_eleven(rows[1:]) is None and scores.of_the_eleven([*rows, rows[0]]) is None
     assert scores.of_the_eleven([{"paper": None, "value": 1.0}]) is None
 
 
