@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -12,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from morphlib import __version__, evaluation_commands, laws, training_commands
+from morphlib import __version__, evaluation_commands, files, laws, training_commands
 from morphlib.errors import InputError
 from morphlib.latency import commands as latency
 from morphlib.shapes import BITS, CONVENTIONS, GPT_NEOX_VOCABULARY, Convention
@@ -436,17 +435,6 @@ def _show_select(result: dict[str, Any]) -> None:
     _show_verdict(result)
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN or infinity; what cannot be said is null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parsed = _parser().parse_args(arguments)
@@ -461,7 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if parsed.json:
-            print(json.dumps(_without_nan(result), allow_nan=False))
+            print(files.to_json(result))
         else:
             parsed.show(result)
         sys.stdout.flush()

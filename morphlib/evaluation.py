@@ -81,9 +81,9 @@ def _lock(folder: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, all or nothing. Raises ``InputError`` where it cannot be written."""
+    """Write a JSON file, all or nothing, NaN as null. Raises ``InputError`` where it cannot be written."""
     with files.replacing(path) as partial:
-        partial.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+        partial.write_text(files.to_json(value), encoding="utf-8")
 
 
 # items

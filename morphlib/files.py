@@ -1,14 +1,16 @@
-"""Files of ours: where they are kept between runs, and how they are written whole or not at all."""
+"""Files of ours: where they are kept between runs, and how they are written whole or not at all; JSON without NaN."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from morphlib.errors import InputError
 
@@ -22,6 +24,11 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, as hexadecimal digits; the file may be larger than the memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(value: Any) -> str:
+    """JSON text. It has no NaN and no infinity; what cannot be said is null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
 @contextmanager

