@@ -33,6 +33,7 @@ Record = Mapping[str, Any]
 TOKEN_METRIC = "acc_token"  # llm-foundry's: the answer of the largest log-probability per token
 SUBJECTS = 57  # of MMLU
 DRAWS = 10_000  # of a bootstrap
+_OF_CATEGORY = ("value", "standard_error", "low", "high", "n", "chance", "verdict")
 _Z = float(norm.ppf(0.975))
 
 
@@ -93,13 +94,21 @@ def _ratio(nats: Sequence[float], n_bytes: Sequence[int]) -> tuple[float, float]
     return float(value), float(error)
 
 
+def _of(record: Record, category: str) -> Record:
+    """The items of one category."""
+    kept = [i for i, name in enumerate(record["category"]) if name == category]
+    columns = {name: record[name] for name in ("ids", "category", "chance", "right", "nats", "bytes") if record.get(name)}
+    parts = {name: [values[i] for i in kept] for name, values in columns.items()}
+    return {**record, **parts, "scores": {metric: [values[i] for i in kept] for metric, values in record["scores"].items()}}
+
+
 def summary(record: Record) -> dict[str, Any]:
     """One row of a table of results.
 
     ``value`` and its ``standard_error``; a 95 % interval from ``low`` to ``high``, Wilson's where there is one category;
     ``chance``, what a guess or the most frequent answer scores, and ``verdict``, where the interval lies to it;
     ``as_llm_foundry``, the value by llm-foundry's rule; ``bits_per_byte`` of the right answers, which does not depend on the
-    tokenizer.
+    tokenizer. ``categories``, where there are several, has the first of these for each.
     """
     scores, category = record["scores"][record["metric"]], record["category"]
     value, error = macro_mean(scores, category)
@@ -120,11 +129,10 @@ def summary(record: Record) -> dict[str, Any]:
     if "nats" in record:
         row["bits_per_byte"], row["bits_per_byte_error"] = _ratio(record["nats"], record["bytes"])
     if len(set(category)) > 1:
-        row["categories"] = []
-        for name in dict.fromkeys(category):
-            part = [score for score, label in zip(scores, category, strict=True) if label == name]
-            value, error = macro_mean(part, [name] * len(part))
-            row["categories"].append({"category": name, "value": value, "standard_error": error, "n": len(part)})
+        row["categories"] = [
+            {"category": name, **{key: value for key, value in summary(_of(record, name)).items() if key in _OF_CATEGORY}}
+            for name in dict.fromkeys(category)
+        ]
     return row
 
 

@@ -76,6 +76,9 @@ def test_categories_count_alike_whatever_their_size():
     assert value == 0.75 and error == pytest.approx(math.sqrt(0 + 0.5 / 2) / 2)
     row = scores.summary(record([1, 1, 1, 1, 0, 1], ["a"] * 4 + ["b"] * 2))
     assert row["value"] == 0.75 and [part["value"] for part in row["categories"]] == [1.0, 0.5]
+    nouns = record([1] * 90 + [0] * 10 + [1] * 10 + [0] * 90, ["near"] * 100 + ["far"] * 100, chance=[0.5] * 200)
+    row = scores.summary(nouns)
+    assert row["verdict"] == "at chance" and [part["verdict"] for part in row["categories"]] == ["above chance", "below chance"]
 
 
 @pytest.mark.parametrize(
