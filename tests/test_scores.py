@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar
 
+from conftest import ROOT
 from morphlib import scores
 from morphlib.errors import InputError
 
@@ -168,3 +169,14 @@ def test_bytes_compare_models_whatever_their_tokens():
     (row,) = scores.compare([first], [second])
     assert row["bits_per_byte_difference"] == pytest.approx(-0.5 / math.log(2))
     assert row["bits_per_byte_difference_error"] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_book_says_what_the_tables_say():
+    page = (ROOT / "book" / "evaluation.md").read_text(encoding="utf-8")
+    for task in scores.paper_tasks().values():
+        items = f"{int(task['items']):,}"
+        assert f"| `{task['online']}` | {items} | {task['chance']} | `{task['metric']}` | {task['difference']} |" in page
+        assert f"| `{task['online']}` | {task['source']} | {task['licence']} |" in page
+    for row in scores.baselines():
+        mean = scores.average({name: float(row[name]) for name in scores.paper_tasks()})
+        assert f"| {row['model']} | {mean:.4f} | {row['average']} |" in page
