@@ -76,7 +76,7 @@ def main() -> None:
     for text in SHAPES:
         shape = Shape.parse(text)
         for way, changes in WAYS.items():
-            recipe = Recipe(batch=32, sequence=256, warmup_steps=10, learning_rate=1e-3, **changes)
+            recipe = Recipe(batch=32, sequence=256, warmup_steps=0, learning_rate=1e-3, **changes)
             tokens = np.random.default_rng(0).integers(0, shape.vocab, asked.steps * recipe.step_tokens + 1).astype(np.uint16)
             # the median step of each block: another program that wakes up for a moment does not move it
             rounds = [[np.median(run(shape, tokens, recipe, asked.steps)) for run in (trained, bare)] for _ in range(ROUNDS)]
