@@ -376,9 +376,9 @@ class Corpus:
             raise InputError(f"{folder}: holds no corpus; run `morph corpus build`, or take docstrings")
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            files = [_checked(folder / Path(name).name, sha256, "build it anew") for name, sha256 in manifest["sha256"].items()]
+            kept = [_checked(folder / Path(name).name, sha256, "build it anew") for name, sha256 in manifest["sha256"].items()]
             tokenizer = Tokenizer.of(manifest["settings"]["tokenizer"], stored=folder / TOKENIZER)
-            arrays = {path.stem: np.load(path, mmap_mode="r") for path in files if path.suffix == ".npy"}
+            arrays = {path.stem: np.load(path, mmap_mode="r") for path in kept if path.suffix == ".npy"}
             ratios = {name: manifest["sizes"][name]["bytes"] / max(1, len(tokens)) for name, tokens in arrays.items()}
             return cls(folder, manifest, tokenizer, arrays.pop("train"), arrays, tokenizer.vocab, ratios)
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
