@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -47,6 +46,8 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
 
     Where another process holds it, waits, or with ``busy`` raises an ``InputError`` that says so. Raises it as `writing` too.
     """
+    import fcntl  # Windows has none, and most commands need no lock
+
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w", encoding="utf-8")
