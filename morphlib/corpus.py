@@ -384,6 +384,11 @@ class Corpus:
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{folder}: is no corpus of this version ({error}); run `morph corpus build`") from None
 
+    @property
+    def digest(self) -> str:
+        """Tells this text from another: the beginning of the SHA-256 of its training tokens."""
+        return str(self.manifest["sha256"]["train.npy"])[:12]
+
     def require(self, tokens: int) -> None:
         """Raises ``InputError`` where a single epoch has fewer tokens to train on; no text is seen twice."""
         if len(self.train) < tokens:

@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from morphlib import __version__
 from morphlib.errors import InputError
 
 
@@ -23,6 +25,14 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, as hexadecimal digits; the file may be larger than the memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def commit() -> str:
+    """The commit of this package, ``-dirty`` where a file differs from it; its version where it is no checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    return f"morphlib {__version__}"
 
 
 def to_json(value: Any) -> str:

@@ -96,7 +96,7 @@ def load(
     if count is not None and count not in CONVENTIONS:
         raise InputError(f"{count!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
     where = str(source)
-    table = _read(source)
+    table = read(source)
     for name, given in (columns or {}).items():
         if given not in table:
             raise InputError(f"{where}: column {given}, mapped to {name}, is missing; it has {', '.join(table.columns)}")
@@ -173,7 +173,8 @@ def size_families(n_params: pd.Series) -> pd.Series:
     return smallest.map(lambda n: f"{n:.3g}").reindex(n_params.index)
 
 
-def _read(source: str | Path) -> pd.DataFrame:
+def read(source: str | Path) -> pd.DataFrame:
+    """A CSV table as it is, or the paper's (``paper``); no two columns share a name. Raises ``InputError`` where it is none."""
     path = str(resources.files("morphlib") / "data/paper_runs.csv") if source == "paper" else source
     try:
         with warnings.catch_warnings():
@@ -205,7 +206,7 @@ def loss_from_log(log: Path, tokens: float) -> float:
 
     It is `run_averaged_loss` of the steps up to ``tokens``, rounded to four decimals as the authors do.
     """
-    steps = _read(log)
+    steps = read(log)
     _need(steps, ["tokens", "loss"], log, "a log has tokens and loss, one row per step")
     values = steps[["tokens", "loss"]].apply(pd.to_numeric, errors="coerce")
     if not np.isfinite(values.to_numpy()).all():

@@ -10,7 +10,10 @@ Two losses are reported. ``loss`` is the mean cross-entropy of held-out text in 
 paper's (`morphlib.runs.run_averaged_loss`) of all steps up to the mark, each with its z-loss.
 
 A run that is killed goes on from its last checkpoint and ends with the same bits, on a CPU of the same machine with as many
-threads (on CUDA nobody has tried). A checkpoint is one file, whose name holds its checksum; two are kept.
+threads. A checkpoint is one file, whose name holds its checksum; two are kept.
+
+On one CUDA device the second and later steps of a phase are replays of one CUDA graph: a small model spends most of an eager
+step on launching its kernels.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -104,6 +107,15 @@ def learning_rate(recipe: Recipe, phase: Phase, step: int) -> float:
     return recipe.learning_rate * warm * share
 
 
+class _Recorded(NamedTuple):
+    """A step as a CUDA graph: what it reads, and where it leaves its loss."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: Tensor
+    rates: list[Tensor]
+    loss: Tensor
+
+
 @dataclass
 class _State:
     """All that changes while training, and what the trunk was when a branch left it."""
@@ -117,6 +129,8 @@ class _State:
     rows: list[dict[str, Any]] = field(default_factory=list)
     trunk: dict[str, Tensor] | None = None
     trunk_losses: list[float] = field(default_factory=list)
+    records: bool = False  # steps, as a CUDA graph
+    recorded: _Recorded | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the weights and of the optimizer's averages. Sharded ones are gathered: each process must call it."""
@@ -130,6 +144,7 @@ class _State:
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """The reverse of ``tensors``; of several processes the first one's count."""
+        self.recorded = None  # it writes to the averages that give way here
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed.is_initialized())
         set_model_state_dict(self.model, dict(_under("model.", tensors)), options=options)
         averages: dict[str, Any] = {}
@@ -184,22 +199,19 @@ def train(
     if not held_out:
         raise InputError(f"no source has {recipe.sequence} held-out tokens, one sequence; give more text or shorter sequences")
     order = np.random.default_rng(recipe.seed).permutation(n_sequences)
+    records = device.startswith("cuda") and not (n_processes > 1 or recipe.gradient_checkpointing or recipe.compile)
     texts = {
         name: hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest() for name, ids in {"train": tokens, **held_out}.items()
     }
     identity = {"shape": str(shape), "norm": shape.norm, "marks": list(marks), "recipe": asdict(recipe), "text": texts}
+    identity["device"] = _device_name(device)
     busy = "another run is at work in this folder; wait until it has ended, or give another folder"
-    with files.locked(folder / "lock", busy) if _is_first() else nullcontext():
+    with files.locked(folder / "lock", busy) if _is_first() else nullcontext(), _own_stream(device):
         torch.manual_seed(recipe.seed)
         model = OpenLMForCausalLM(OpenLMConfig.of(shape, qk_norm=recipe.qk_norm, max_tokens=recipe.sequence))
         model.to(device)  # type: ignore[arg-type]
-        if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        if distributed.is_initialized():
-            mesh = init_device_mesh(torch.device(device).type, (distributed.get_world_size(),))
-            for part in (*model.layers, model):
-                fully_shard(part, mesh=mesh)
-        state = _State(model, _optimizer(model, recipe))
+        _distribute(model, recipe, device)
+        state = _State(model, _optimizer(model, recipe, records), records=records)
         _resume(folder, identity, state)
         forward: Any = torch.compile(model) if recipe.compile else model
         start_s, saved_s = time.monotonic() - state.seconds, time.monotonic()
@@ -228,8 +240,26 @@ def train(
         return state.rows
 
 
-def _optimizer(model: OpenLMForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices, whose rate may follow the width, and the embedding and the norms. Both decay."""
+def _distribute(model: OpenLMForCausalLM, recipe: Recipe, device: str) -> None:
+    """Make the model keep less: not what a backward pass can compute again, and of several processes its shard alone."""
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if distributed.is_initialized():
+        mesh = init_device_mesh(torch.device(device).type, (distributed.get_world_size(),))
+        for part in (*model.layers, model):
+            fully_shard(part, mesh=mesh)
+
+
+def _own_stream(device: str) -> AbstractContextManager[Any]:
+    """On CUDA a stream for all of a run: a graph cannot be recorded on the default one, nor of work that began there."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.startswith("cuda") else nullcontext()
+
+
+def _optimizer(model: OpenLMForCausalLM, recipe: Recipe, recorded: bool = False) -> torch.optim.AdamW:
+    """AdamW over two groups: matrices, whose rate may follow the width, and the embedding and the norms. Both decay.
+
+    ``recorded`` is for steps that a CUDA graph holds.
+    """
     embedding = model.tok_embeddings.weight
     matrices = [part.weight for part in model.modules() if isinstance(part, nn.Linear) and part.weight is not embedding]
     inside = {id(weight) for weight in matrices}
@@ -242,6 +272,8 @@ def _optimizer(model: OpenLMForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.epsilon,
         weight_decay=recipe.weight_decay,
+        fused=recorded or None,
+        capturable=recorded,
     )
 
 
@@ -254,14 +286,46 @@ def _batch(tokens: Tokens, order: np.ndarray, step: int, recipe: Recipe) -> Tens
 def _step(model: Any, state: _State, recipe: Recipe, phase: Phase, batch: Tensor, device: str) -> float:
     """One step of the optimizer; the loss before it, z-loss included, in nats per token."""
     state.model.train()
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, phase, state.step) * group["share"]
+    rates = [learning_rate(recipe, phase, state.step) * group["share"] for group in state.optimizer.param_groups]
+    if state.recorded:
+        state.recorded.batch.copy_(batch)
+        for held, rate in zip(state.recorded.rates, rates, strict=True):
+            held.fill_(rate)
+        state.recorded.graph.replay()
+        told = state.recorded.loss.item()
+    else:
+        for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        told = _descend(model, state, recipe, batch.to(device)).item()
+        if state.records:
+            state.recorded = _record(model, state, recipe, device)
+    if not math.isfinite(told):
+        raise InputError(
+            f"the loss of step {state.step} is {told}; lower the learning rate or lengthen the warm-up, in another folder"
+        )
+    return told
+
+
+def _record(model: Any, state: _State, recipe: Recipe, device: str) -> _Recorded:
+    """The next steps as a CUDA graph, after an eager one has made the averages; nothing is computed here."""
+    batch = torch.zeros((recipe.batch, recipe.sequence + 1), dtype=torch.int64, device=device)
+    rates = [torch.zeros((), device=device) for _ in state.optimizer.param_groups]
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # as a number it would be part of the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        loss = _descend(model, state, recipe, batch)
+    return _Recorded(graph, batch, rates, loss)
+
+
+def _descend(model: Any, state: _State, recipe: Recipe, batch: Tensor) -> Tensor:
+    """A step at the rates that the optimizer has, on a batch of shape (batch, sequence + 1); its loss, shape ()."""
     state.optimizer.zero_grad(set_to_none=True)
-    total, n_processes, rank = torch.zeros((), device=device), 1, 0
+    total, n_processes, rank = torch.zeros((), device=batch.device), 1, 0
     if distributed.is_initialized():
         n_processes, rank = distributed.get_world_size(), distributed.get_rank()
-    for part in batch.to(device).chunk(n_processes)[rank].chunk(recipe.accumulate):
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.dtype == "bf16"):
+    for part in batch.chunk(n_processes)[rank].chunk(recipe.accumulate):
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.dtype == "bf16"):
             logits = model(input_ids=part[:, :-1], use_cache=False).logits
         targets = part[:, 1:].reshape(-1, 1)
         loss = _LossWithZ.apply(logits.float().flatten(0, 1), targets, recipe.z_loss) / recipe.accumulate
@@ -269,14 +333,9 @@ def _step(model: Any, state: _State, recipe: Recipe, phase: Phase, batch: Tensor
         total += loss.detach()
     if n_processes > 1:
         distributed.all_reduce(total)
-    told = total.item() / n_processes
-    if not math.isfinite(told):
-        raise InputError(
-            f"the loss of step {state.step} is {told}; lower the learning rate or lengthen the warm-up, in another folder"
-        )
     nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip)
     state.optimizer.step()
-    return told
+    return total / n_processes
 
 
 class _LossWithZ(torch.autograd.Function):
@@ -310,10 +369,10 @@ def held_out_loss(model: OpenLMForCausalLM, tokens: Tokens, sequence: int, devic
     n = (len(tokens) - 1) // sequence
     if n < 1:
         raise InputError(f"{len(tokens)} held-out tokens are less than a sequence of {sequence}; give more text")
-    total, model = 0.0, model.eval()
+    total, model, at_once = 0.0, model.eval(), 16 if device == "cpu" else 256
     with torch.inference_mode():
-        for start in range(0, n, 16):
-            rows = [tokens[i * sequence : (i + 1) * sequence + 1] for i in range(start, min(n, start + 16))]
+        for start in range(0, n, at_once):
+            rows = [tokens[i * sequence : (i + 1) * sequence + 1] for i in range(start, min(n, start + at_once))]
             part = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
             logits = model(input_ids=part[:, :-1], use_cache=False).logits.float().flatten(0, 1)
             total += nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
@@ -341,7 +400,7 @@ def _row(shape: Shape, state: _State, mark: int, recipe: Recipe, held_out: Mappi
         "steps": state.step,
         "seconds": round(state.seconds, 1),
         "log": f"losses-{mark}.csv",
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         **{name: value for name, value in asdict(recipe).items() if name != "compile"},
@@ -359,6 +418,10 @@ def _publish(folder: Path, mark: int, state: _State, recipe: Recipe) -> None:
     for name, table in ((f"losses-{mark}.csv", losses), ("rows.csv", pd.DataFrame(state.rows))):
         with files.replacing(folder / name) as partial:
             table.to_csv(partial, index=False)
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
 def _told(state: _State, plan: Sequence[Phase], recipe: Recipe) -> str:

@@ -385,3 +385,14 @@ def test_checkpoints_hold_no_code(tmp_path, text):
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert kinds == {".json", ".safetensors", ".csv", ""}, "the last is the lock"
     assert all(json.loads(path.read_text()) for path in tmp_path.rglob("*.json"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_steps_replayed_as_a_cuda_graph_are_those_of_an_eager_run(tmp_path, text):
+    recorded, eager = (
+        run(tmp_path / str(again), text, device="cuda", recipe=replace(SMALL, gradient_checkpointing=again))
+        for again in (False, True)
+    )
+    for one, other in zip(recorded, eager, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        assert one["run_averaged_loss"] == pytest.approx(other["run_averaged_loss"], abs=1e-4)

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from morphlib import __version__
+from morphlib import files
 from morphlib.errors import InputError
 from morphlib.latency import DATA
 from morphlib.latency.engines import Configuration, Worker
@@ -153,7 +153,7 @@ class Measurement:
             "load_elsewhere": self.load_elsewhere,
             "disturbed": int(self.other_load > DISTURBED or self.load_elsewhere > DISTURBED_ELSEWHERE),
             "python": platform.python_version(),
-            "commit": _commit(),
+            "commit": files.commit(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             **_clock(row["ran_on"] == "cuda"),
         }
@@ -262,13 +262,6 @@ def _clock(on_gpu: bool) -> dict[str, float]:
         idle_or_set = 0x1 | 0x2  # bit 0: idle, bit 1: clocks set by the user
         return {"clock_mhz": float(clock), "throttled": int(bool(int(reasons, 16) & ~idle_or_set))}
     return {}
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-    return f"morphlib {__version__}"
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

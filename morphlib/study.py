@@ -1,0 +1,220 @@
+"""A study of small models: a plan of runs, the job that does one of them, and the table of what came out.
+
+``data/study_plan.csv`` has a row for each run: its shape, recipe and budgets, and what it is for (`PARTS`). A job trains the
+run and evaluates the model at each budget; `collect` puts its rows into a table (``data/small_runs.csv``). A row carries the
+hash of what the plan said when it was made, so that a row and a plan that do not belong together are found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from morphlib import files, recipes, runs
+from morphlib.errors import InputError
+from morphlib.recipes import Recipe
+from morphlib.shapes import Shape
+
+if TYPE_CHECKING:
+    from morphlib.corpus import Corpus
+
+DATA = Path(__file__).parent / "data"
+PLAN, TABLE, LOSSES, LATENCIES = (
+    DATA / name for name in ("study_plan.csv", "small_runs.csv", "small_run_losses.parquet", "latency_small.csv")
+)
+PARTS = {
+    "tuning": "the learning rate, at the two smallest sizes and at two larger shapes",
+    "fit": "what laws are fitted to",
+    "largest": "the shapes that were ranked before they were trained",
+}
+RECIPE = "small"
+N_PAIRS = 2000  # minimal pairs for each model
+DONE = "study.csv"  # in the folder of a job that is finished
+_COLUMNS = ("run_id", "part", "shape", "seed", "learning_rate", "base_width", "tokens_per_parameter", "cpu_minutes")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One row of a plan. ``marks`` are budgets in tokens; ``cpu_minutes`` is the time it is expected to take on one thread."""
+
+    run_id: str
+    part: str
+    shape: Shape
+    recipe: Recipe
+    tokens_per_parameter: tuple[float, ...]
+    cpu_minutes: float
+
+    @property
+    def marks(self) -> list[int]:
+        return [round(ratio * self.shape.n_params("non_embedding")) for ratio in self.tokens_per_parameter]
+
+    @property
+    def config(self) -> str:
+        """A hash of all that decides the outcome, but for the text and the machine."""
+        told = [str(self.shape), self.shape.norm, asdict(self.recipe), self.marks, N_PAIRS]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def plan(path: Path = PLAN) -> list[Run]:
+    """The runs of a plan. Raises ``InputError`` naming the row for one that cannot be, and for two that are the same."""
+    table = runs.read(path)
+    if missing := [name for name in _COLUMNS if name not in table]:
+        raise InputError(f"{path}: column {', '.join(missing)} is missing; a plan has {', '.join(_COLUMNS)}")
+    given = recipes.quantities(RECIPE)
+    found: list[Run] = []
+    lines: dict[str, int] = {}
+    for line, row in enumerate(table.to_dict("records"), start=2):
+        try:
+            shape = replace(Shape.parse(row["shape"]), norm=given["norm"])
+            width = None if pd.isna(row["base_width"]) else int(row["base_width"])
+            own = {"seed": int(row["seed"]), "learning_rate": float(row["learning_rate"]), "base_width": width}
+            ratios = tuple(float(ratio) for ratio in str(row["tokens_per_parameter"]).split())
+            recipe = Recipe.of(given | own)
+            run = Run(row["run_id"], row["part"], shape, recipe, ratios, float(row["cpu_minutes"]))
+        except (ValueError, TypeError, AttributeError) as error:  # InputError is a ValueError
+            raise InputError(f"{path}: row {line}: {error}; mend the row") from None
+        if run.part not in PARTS or not ratios or min(ratios) <= 0 or list(ratios) != sorted(set(ratios)):
+            raise InputError(
+                f"{path}: row {line}: part {run.part!r} or tokens_per_parameter {ratios} cannot be; "
+                f"give one of {', '.join(PARTS)}, and rising numbers above zero"
+            )
+        for name, what in ((run.run_id, f"write the row {run.run_id!r}"), (run.config, "train the same")):
+            if name in lines:
+                raise InputError(f"{path}: rows {lines[name]} and {line} both {what}; remove or change one")
+            lines[name] = line
+        found.append(run)
+    return found
+
+
+def named(run_id: str, path: Path = PLAN) -> Run:
+    """The run of that name. Raises ``InputError`` where there is none."""
+    found = [run for run in plan(path) if run.run_id == run_id]
+    if not found:
+        raise InputError(f"{path}: has no run {run_id!r}; `morph study plan` lists them")
+    return found[0]
+
+
+def train(
+    run: Run, corpus: Corpus, folder: Path, *, device: str = "cpu", progress: Callable[[str], None] = lambda line: None
+) -> pd.DataFrame:
+    """Do one run: train it, evaluate the model at each budget on minimal pairs, and leave its rows in ``folder``.
+
+    Called again it goes on where it was broken off, or returns the rows. Raises ``InputError`` as `morphlib.training.train`.
+    """
+    done = folder / DONE
+    if done.is_file():
+        return _belonging(_read(done), {run.run_id: run}, done)
+    from morphlib import evaluation, scores, training
+
+    corpus.require(run.marks[-1])
+    rows = training.train(
+        run.shape, corpus.train, corpus.held_out, run.marks, run.recipe, folder, device=device, progress=progress
+    )
+    pairs = evaluation.agreement_task(corpus.tokenizer.decode(corpus.train), N_PAIRS, progress=progress)
+    task = evaluation.load_tasks(["agreement"], [pairs])
+    found = []
+    for row, ratio in zip(rows, run.tokens_per_parameter, strict=True):
+        checkpoint = folder / f"model-{row['budget_tokens']}"
+        lm = evaluation.open_model(str(checkpoint), device=device, batch=64 if device == "cpu" else 512, progress=progress)
+        score = scores.summary(evaluation.run(lm, task, folder=folder / "agreement", progress=progress)[0])
+        levels = {f"agreement_{part['category']}": part["value"] for part in score["categories"]}
+        found.append(
+            {"run_id": run.run_id, "part": run.part, "config": run.config, "tokens_per_parameter": ratio}
+            | {key: value for key, value in row.items() if key not in ("log", "final_share")}
+            | {"name": run.run_id, "agreement": score["value"], "agreement_error": score["standard_error"], "pairs": score["n"]}
+            | levels
+            | {"corpus": corpus.digest, "commit": files.commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+            | {"python": platform.python_version(), "transformers": evaluation.versions()["transformers"]}
+        )
+    table = pd.DataFrame(found)
+    with files.replacing(done) as partial:
+        table.to_csv(partial, index=False)
+    return table
+
+
+def load(path: Path = TABLE, plan_path: Path = PLAN) -> pd.DataFrame:
+    """The rows of a study that belong to its plan, as a run table (`morphlib.runs.load`) with the aspect ratio ``R``.
+
+    Raises ``InputError`` for a row that does not belong to its plan, for one that is there twice, and for rows of different
+    texts.
+    """
+    known = {run.run_id: run for run in plan(plan_path)}
+    _belonging(_read(path), known, path)
+    table = runs.load(path)
+    return table.assign(R=table["d_model"] / table["n_layers"])
+
+
+def losses(run_id: str, budget_tokens: int, path: Path = LOSSES) -> pd.Series:
+    """The training loss of each step of a run up to a budget, in nats per token, z-loss included, to four decimals."""
+    table = pd.read_parquet(path, filters=[("run_id", "==", run_id), ("budget_tokens", "==", budget_tokens)])
+    return (table["loss_1e4"] / 1e4).reset_index(drop=True)
+
+
+def collect(folders: Iterable[Path], table: Path = TABLE, losses: Path = LOSSES, plan_path: Path = PLAN) -> dict[str, Any]:
+    """Put the rows of finished jobs into ``table`` and their losses into ``losses``; a run that is there already stays.
+
+    Returns how many runs were added and how many the plan still lacks, and what differs in hardware. Nothing is written, and
+    ``InputError`` raised, where a row does not belong to the plan or is there twice, and where the texts differ.
+    """
+    known = {run.run_id: run for run in plan(plan_path)}
+    with files.locked(table.with_name(f".{table.name}.lock")):
+        old = _belonging(_read(table), known, table) if table.is_file() else pd.DataFrame({"run_id": []})
+        new, curves = [old], [pd.read_parquet(losses)] if losses.is_file() else []
+        for folder in folders:
+            found = _belonging(_read(folder / DONE), known, folder / DONE)
+            run_id = found["run_id"].iloc[0]
+            if (old["run_id"] == run_id).any():
+                continue
+            new.append(found)
+            for mark in found["budget_tokens"]:
+                steps = pd.read_csv(folder / f"losses-{mark}.csv")["loss"]
+                told = {"run_id": run_id, "budget_tokens": mark, "loss_1e4": (1e4 * steps).round().astype("int32")}
+                curves.append(pd.DataFrame(told))
+        merged = pd.concat([part for part in new if len(part)], ignore_index=True)
+        order = merged["run_id"].map({run_id: place for place, run_id in enumerate(known)})
+        merged = _belonging(merged.assign(order=order).sort_values(["order", "tokens"]).drop(columns="order"), known, table)
+        with files.replacing(losses) as partial:
+            pd.concat(curves, ignore_index=True).to_parquet(partial, index=False, compression="zstd")
+        with files.replacing(table) as partial:
+            merged.to_csv(partial, index=False, float_format="%.6g")
+    hardware = merged.groupby("device")["run_id"].nunique().to_dict()
+    return {
+        "added": merged["run_id"].nunique() - old["run_id"].nunique(),
+        "left": [run_id for run_id in known if run_id not in set(merged["run_id"])],
+        "hardware": hardware,
+    }
+
+
+def _read(path: Path) -> pd.DataFrame:
+    table = runs.read(path)
+    if missing := [name for name in ("run_id", "config", "corpus", "budget_tokens", "device") if name not in table]:
+        raise InputError(f"{path}: column {', '.join(missing)} is missing; it is no table of a study")
+    return table
+
+
+def _belonging(table: pd.DataFrame, known: dict[str, Run], where: Path) -> pd.DataFrame:
+    """The table, if each row belongs to its run, each run is whole and none is there twice."""
+    for run_id, rows in table.groupby("run_id", sort=False):
+        at = f"{where}: row {rows.index[0] + 2}, run {run_id}"
+        run = known.get(str(run_id))
+        if run is None:
+            raise InputError(f"{at}: is not in the plan; remove the row, or put the run back into the plan")
+        if (rows["config"] != run.config).any():
+            raise InputError(
+                f"{at}: was made with the configuration {rows['config'].iloc[0]}, and the plan says {run.config}; "
+                "remove the row and do the run again, or give the changed run another name"
+            )
+        if sorted(rows["budget_tokens"]) != run.marks:
+            raise InputError(f"{at}: has the budgets {sorted(rows['budget_tokens'])}, not {run.marks}; each must be there once")
+    if table["corpus"].nunique() > 1:
+        texts = ", ".join(f"{text} ({n} rows)" for text, n in table["corpus"].value_counts().items())
+        raise InputError(f"{where}: its rows were trained on different texts, {texts}; do the runs of one again on the other")
+    return table
