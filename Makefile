@@ -1,14 +1,16 @@
 # make book   the book, in _build/html
 # make test   lint, types, every notebook at the smoke preset, the book without warnings, all tests
 # make latency  calibrate this machine, time three small shapes on it, and draw them in the book's figures
+# make study  train what is left of the study of small models; TABLE=_build/own_runs.csv trains all of it into a table of your own
 # They install what they need into .venv first. PYTHON and PRESET can be set: make book PRESET=smoke.
 
 PYTHON ?= python3
 PRESET ?= laptop
+TABLE ?= morphlib/data/small_runs.csv
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: book test latency lock clean
+.PHONY: book test latency study lock clean
 
 book: $(VENV)/installed
 	@python -m morphlib.pipeline snakemake publish --cores all --quiet rules --config preset=$(PRESET)
@@ -26,6 +28,9 @@ latency: $(VENV)/installed
 	morph latency calibrate
 	morph latency measure --shape 24x384/8192v --shape 12x576/8192v --shape 4x960/8192v --threads 1 --quick --record _build/own_latency.csv
 	@$(MAKE) --no-print-directory book
+
+study: $(VENV)/installed
+	@python -m morphlib.pipeline snakemake study --cores all --keep-going --config table=$(TABLE)
 
 # The stamp is written last, so that an interrupted installation is taken up again.
 $(VENV)/installed: requirements.lock pyproject.toml

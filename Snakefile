@@ -3,11 +3,12 @@
 #   make book                          every notebook at the laptop preset, then _build/html
 #   snakemake -n                       what would run, and why
 #   snakemake --config preset=smoke    another preset; its pages lie in _build/PRESET/html
+#   snakemake study --cores all        train what is left of the study of small models: hours; --executor slurm takes it there
 #   snakemake latency_cpu --cores all  time the shapes of the recorded grid anew: hours, on an otherwise idle machine
 
 from pathlib import Path
 
-from morphlib import pipeline
+from morphlib import files, pipeline
 
 PRESETS = pipeline.read_presets(Path("notebooks/presets.yml"))
 PRESET = config.get("preset", "laptop")
@@ -16,6 +17,9 @@ CODE = sorted(str(path) for path in Path("morphlib").rglob("*") if path.suffix i
 DATA = sorted(map(str, Path("morphlib/data").glob("*.csv")))
 TIMING = ("01_latency_motivation", "02_latency_and_shape")  # they measure, and must be alone on the machine
 OWN_ROWS = Path("_build/own_latency.csv")  # what `make latency` measured
+
+STUDY_TABLE = config.get("table", "morphlib/data/small_runs.csv")
+CORPUS = str(files.home() / "corpus/manifest.json")
 
 if PRESET not in PRESETS:
     raise WorkflowError(f"no preset {PRESET!r} in notebooks/presets.yml; choose one of {', '.join(PRESETS)}")
@@ -83,3 +87,53 @@ rule latency_cpu:
     threads: workflow.cores
     shell:
         "morph latency measure --grid {input} --record morphlib/data/latency_cpu.csv --together 2 --cap-seconds 12"
+
+
+rule latency_small:
+    """The recorded timings of the shapes of the study, by one thread of an otherwise idle machine."""
+    input:
+        "morphlib/data/latency_small_grid.csv",
+    output:
+        touch("_build/latency_small.done"),
+    threads: workflow.cores
+    shell:
+        "morph latency measure --grid {input} --record morphlib/data/latency_small.csv --cap-seconds 12"
+
+
+def runs_left(_):
+    from morphlib import study
+
+    recorded = set(study.load(Path(STUDY_TABLE))["name"]) if Path(STUDY_TABLE).exists() else set()
+    return [f"_build/study/{run.run_id}/study.csv" for run in study.plan() if run.run_id not in recorded]
+
+
+rule study:
+    """The runs of the plan that the table lacks, each recorded as soon as it is done."""
+    input:
+        runs_left,
+
+
+rule study_run:
+    """One run of the plan, by jobs of at most 75 minutes: each goes on from the last checkpoint of the one before."""
+    input:
+        ancient(CORPUS),
+    output:
+        "_build/study/{run}/study.csv",
+    params:
+        table=STUDY_TABLE,
+    threads: 1
+    retries: 4
+    resources:
+        runtime=80,
+        mem_mb=3000,
+    shell:
+        "timeout 75m morph study run {wildcards.run} --out _build/study/{wildcards.run} --threads 1"
+        " && morph study collect _build/study/{wildcards.run} --table {params.table}"
+
+
+rule corpus:
+    """The text of the study, from the package index."""
+    output:
+        CORPUS,
+    shell:
+        "morph corpus build"

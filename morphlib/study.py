@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from morphlib.corpus import Corpus
 
 DATA = Path(__file__).parent / "data"
-PLAN, TABLE, LOSSES, LATENCIES = (
-    DATA / name for name in ("study_plan.csv", "small_runs.csv", "small_run_losses.parquet", "latency_small.csv")
-)
+PLAN, TABLE, LATENCIES = (DATA / name for name in ("study_plan.csv", "small_runs.csv", "latency_small.csv"))
 PARTS = {
     "tuning": "the learning rate, at the two smallest sizes and at two larger shapes",
     "fit": "what laws are fitted to",
@@ -152,45 +150,65 @@ def load(path: Path = TABLE, plan_path: Path = PLAN) -> pd.DataFrame:
     return table.assign(R=table["d_model"] / table["n_layers"])
 
 
-def losses(run_id: str, budget_tokens: int, path: Path = LOSSES) -> pd.Series:
+def losses(run_id: str, budget_tokens: int, table: Path = TABLE) -> pd.Series:
     """The training loss of each step of a run up to a budget, in nats per token, z-loss included, to four decimals."""
-    table = pd.read_parquet(path, filters=[("run_id", "==", run_id), ("budget_tokens", "==", budget_tokens)])
-    return (table["loss_1e4"] / 1e4).reset_index(drop=True)
+    chosen = [("run_id", "==", run_id), ("budget_tokens", "==", budget_tokens)]
+    return (pd.read_parquet(_losses_of(table), filters=chosen)["loss_1e4"] / 1e4).reset_index(drop=True)
 
 
-def collect(folders: Iterable[Path], table: Path = TABLE, losses: Path = LOSSES, plan_path: Path = PLAN) -> dict[str, Any]:
-    """Put the rows of finished jobs into ``table`` and their losses into ``losses``; a run that is there already stays.
+def collect(
+    folders: Iterable[Path], table: Path = TABLE, plan_path: Path = PLAN, latencies: Path = LATENCIES
+) -> dict[str, Any]:
+    """Put the rows of finished jobs into ``table``, and the loss of every step into a file beside it.
 
-    Returns how many runs were added and how many the plan still lacks, and what differs in hardware. Nothing is written, and
-    ``InputError`` raised, where a row does not belong to the plan or is there twice, and where the texts differ.
+    A run that is there already stays. ``latencies`` are measurements (`morphlib.latency.timing`), of which each row takes that
+    of its shape. Returns how many runs were added, which the plan still lacks, and how many were trained on what. Nothing is
+    written, and ``InputError`` raised, where a row does not belong to the plan or is there twice, and where the texts differ.
     """
     known = {run.run_id: run for run in plan(plan_path)}
     with files.locked(table.with_name(f".{table.name}.lock")):
         old = _belonging(_read(table), known, table) if table.is_file() else pd.DataFrame({"run_id": []})
-        new, curves = [old], [pd.read_parquet(losses)] if losses.is_file() else []
+        rows, curves = [old], [pd.read_parquet(_losses_of(table))] if table.is_file() else []
         for folder in folders:
             found = _belonging(_read(folder / DONE), known, folder / DONE)
             run_id = found["run_id"].iloc[0]
             if (old["run_id"] == run_id).any():
                 continue
-            new.append(found)
+            rows.append(found)
             for mark in found["budget_tokens"]:
                 steps = pd.read_csv(folder / f"losses-{mark}.csv")["loss"]
                 told = {"run_id": run_id, "budget_tokens": mark, "loss_1e4": (1e4 * steps).round().astype("int32")}
                 curves.append(pd.DataFrame(told))
-        merged = pd.concat([part for part in new if len(part)], ignore_index=True)
-        order = merged["run_id"].map({run_id: place for place, run_id in enumerate(known)})
-        merged = _belonging(merged.assign(order=order).sort_values(["order", "tokens"]).drop(columns="order"), known, table)
-        with files.replacing(losses) as partial:
+        merged = pd.concat([part for part in rows if len(part)], ignore_index=True)
+        place = merged["run_id"].map({run_id: place for place, run_id in enumerate(known)})
+        merged = merged.assign(place=place).sort_values(["place", "tokens"], ignore_index=True).drop(columns="place")
+        merged["cpu_latency_s"] = merged["shape"].map(_latencies(latencies))
+        _belonging(merged, known, table)
+        with files.replacing(_losses_of(table)) as partial:
             pd.concat(curves, ignore_index=True).to_parquet(partial, index=False, compression="zstd")
         with files.replacing(table) as partial:
             merged.to_csv(partial, index=False, float_format="%.6g")
-    hardware = merged.groupby("device")["run_id"].nunique().to_dict()
     return {
-        "added": merged["run_id"].nunique() - old["run_id"].nunique(),
+        "added": int(merged["run_id"].nunique() - old["run_id"].nunique()),
         "left": [run_id for run_id in known if run_id not in set(merged["run_id"])],
-        "hardware": hardware,
+        "trained_on": merged.groupby("device")["run_id"].nunique().to_dict(),
     }
+
+
+def _losses_of(table: Path) -> Path:
+    return table.with_name(f"{table.stem}_losses.parquet")
+
+
+def _latencies(path: Path) -> dict[str, float]:
+    """The end-to-end latency of each shape, in seconds; of several machines it would be no comparison, and is refused."""
+    if not path.is_file():
+        return {}
+    from morphlib.latency import timing
+
+    table = timing.load(path)
+    if table["hardware"].nunique() > 1:
+        raise InputError(f"{path}: was measured on {', '.join(table['hardware'].unique())}; measure all shapes on one machine")
+    return dict(zip(table["shape"], table["e2e_s"], strict=True))
 
 
 def _read(path: Path) -> pd.DataFrame:

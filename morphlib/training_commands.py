@@ -73,6 +73,33 @@ def add_commands(
     own.add_argument("--compile", action="store_true", default=None, help="pays for runs of more than a few minutes")
     own.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more work")
     train.set_defaults(run=_train, show=_show_rows)
+    _add_study(commands, parser_class, count)
+
+
+def _add_study(commands: Any, parser_class: type[argparse.ArgumentParser], count: Callable[[str], int]) -> None:
+    about = "The study of small models: its plan, one of its runs, and the table of finished ones."
+    study = commands.add_parser("study", help="train the small models of a plan", description=about).add_subparsers(
+        dest="subcommand", required=True, metavar="SUBCOMMAND", parser_class=parser_class
+    )
+    listed = study.add_parser("plan", help="list the runs, and which of them are not in the table yet")
+    one = study.add_parser("run", help="train and evaluate one run; the same command goes on where it was broken off")
+    one.add_argument("run_id", metavar="RUN", help="as the plan names it")
+    one.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, models and rows")
+    one.add_argument("--corpus", default=str(_folder("corpus")), metavar="DIR", help="(default: %(default)s)")
+    one.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA where there is one)")
+    one.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: OMP_NUM_THREADS, or one for each core)")
+    collect = study.add_parser("collect", help="put the rows of finished runs into the table")
+    collect.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="that morph study run wrote")
+    for command, run, show in (
+        (listed, _plan, _show_plan),
+        (one, _study_run, _show_rows),
+        (collect, _collect, _show_collected),
+    ):
+        command.add_argument("--plan", type=Path, metavar="CSV", help="(default: the bundled one)")
+        if command is not one:
+            command.add_argument("--table", type=Path, metavar="CSV", help="of finished runs (default: the bundled one)")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        command.set_defaults(run=run, show=show)
 
 
 def _folder(name: str) -> Path:
@@ -141,6 +168,51 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     if not _tells():
         sys.exit(0)  # what there is to tell, the first process tells
     return {"rows": rows, "folder": str(arguments.out)}
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    from morphlib import study
+
+    planned, table = study.plan(arguments.plan or study.PLAN), arguments.table or study.TABLE
+    done = set(study.load(table, arguments.plan or study.PLAN)["name"]) if table.is_file() else set()
+    rows = [
+        {"run": run.run_id, "part": run.part, "shape": str(run.shape), "tokens": run.marks[-1], "cpu_minutes": run.cpu_minutes}
+        for run in planned
+    ]
+    return {"runs": [row | {"done": row["run"] in done} for row in rows], "table": str(table)}
+
+
+def _show_plan(result: dict[str, Any]) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame(result["runs"])
+    print(table.to_string(index=False))
+    for part, rows in table.groupby("part", sort=False):
+        left_h = rows.loc[~rows["done"], "cpu_minutes"].sum() / 60
+        print(
+            f"{part}: {len(rows)} runs, {rows['done'].sum()} in {result['table']}; about {left_h:.1f} h of one thread are left"
+        )
+
+
+def _study_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from morphlib import study
+
+    run = study.named(arguments.run_id, arguments.plan or study.PLAN)
+    with _processes(arguments) as device, _line() as progress:
+        table = study.train(run, _corpus(arguments.corpus), arguments.out, device=device, progress=progress)
+    return {"rows": table.to_dict("records"), "folder": str(arguments.out)}
+
+
+def _collect(arguments: argparse.Namespace) -> dict[str, Any]:
+    from morphlib import study
+
+    table = arguments.table or study.TABLE
+    return study.collect(arguments.folders, table, arguments.plan or study.PLAN) | {"table": str(table)}
+
+
+def _show_collected(result: dict[str, Any]) -> None:
+    trained = "; ".join(f"{runs} on {device}" for device, runs in result["trained_on"].items())
+    print(f"{result['added']} runs added to {result['table']}, {len(result['left'])} of the plan are left; trained: {trained}")
 
 
 def _shape(given: dict[str, Any], vocab: int | None = None) -> Shape:
