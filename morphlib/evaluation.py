@@ -163,6 +163,17 @@ def agreement_task(texts: Iterable[str] = (), n: int = 4000, seed: int = 0, prog
     return _write_tasks(_home() / f"agreement-{_hash(text, _task_files())[:16]}", {"agreement": kept})
 
 
+def spelling_task(texts: Iterable[str], n: int = 2000, seed: int = 0) -> Path:
+    """The folder of the task ``spelling``, made of held-out ``texts`` (`morphlib.minimal_pairs.misspelled`).
+
+    Raises ``InputError`` where they have no sentence for it.
+    """
+    items = minimal_pairs.misspelled(texts, n, seed)
+    if not items:
+        raise InputError("spelling: the held-out text has no sentence of five words or more; give a corpus with more text")
+    return _write_tasks(_home() / f"spelling-{_hash(json.dumps(items), _task_files())[:16]}", {"spelling": items})
+
+
 # models
 
 

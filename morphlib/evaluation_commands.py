@@ -21,9 +21,9 @@ def add_commands(commands: Any, count: Callable[[str], int], show_table: Callabl
     command = commands.add_parser("eval", help="evaluate a checkpoint, or compare two results", description=about)
     what = "folder of a model, Open-LM .pt file, .gguf file, smollm2, or a name on the Hugging Face hub"
     command.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=what)
-    names = "paper (its eleven, online), offline (ten of them), agreement (minimal pairs), or names of lm-eval and paths of "
+    names = "paper (its eleven, online), offline (ten of them), agreement and spelling (minimal pairs), or, with commas, names"
     command.add_argument(
-        "--tasks", default="offline", metavar="NAMES", help=f"{names}task files, with commas (default: offline)"
+        "--tasks", default="offline", metavar="NAMES", help=f"{names} of lm-eval and paths of task files (default: offline)"
     )
     command.add_argument("--limit", type=count, metavar="N", help="only the first N items of each task")
     command.add_argument("--batch", type=count, default=8, metavar="N", help="sequences at once (default: %(default)s)")
@@ -32,7 +32,9 @@ def add_commands(commands: Any, count: Callable[[str], int], show_table: Callabl
     command.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     command.add_argument("--config", type=Path, metavar="JSON", help="model configuration of an Open-LM .pt file")
     command.add_argument("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json, or a folder with one such as a corpus")
-    command.add_argument("--corpus", type=Path, metavar="FOLDER", help="leave out minimal pairs that this training text has")
+    command.add_argument(
+        "--corpus", type=Path, metavar="FOLDER", help="what spelling is made of, and whose training text agreement avoids"
+    )
     command.add_argument("--allow-code", action="store_true", help="run code that comes with the checkpoint")
     command.add_argument("--out", type=Path, metavar="JSON", help="also write the result with its items, for --compare")
     command.add_argument("--compare", type=Path, nargs=2, metavar="JSON", help="two files that --out wrote")
@@ -70,8 +72,13 @@ def _evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
 
     names = evaluation.task_names(arguments.tasks)
     folders = [evaluation.offline_tasks(progress)] if any(name.endswith("_offline") for name in names) else []
+    corpus = Corpus.open(arguments.corpus) if arguments.corpus else None
+    if "spelling" in names:
+        if corpus is None:
+            raise InputError("spelling: its pairs are made of the held-out text of a corpus; name one by --corpus")
+        held_out = [text for ids in corpus.held_out.values() for text in corpus.tokenizer.decode(ids)]
+        folders.append(evaluation.spelling_task(held_out, seed=arguments.seed))
     if "agreement" in names:
-        corpus = Corpus.open(arguments.corpus) if arguments.corpus else None
         texts = corpus.tokenizer.decode(corpus.train) if corpus else ()
         folders.append(evaluation.agreement_task(texts, seed=arguments.seed, progress=progress))
     options = {name: getattr(arguments, name) for name in ("config", "tokenizer", "device", "dtype", "batch", "allow_code")}

@@ -1,7 +1,8 @@
-"""Minimal pairs of number agreement: two sentences that differ in one verb, of which one is English.
+"""Minimal pairs: two sentences that differ in one word, of which one is English. For models too small for public benchmarks.
 
-For models so small that they guess at every public benchmark. The levels go from a verb beside its subject to nouns of the
-other number in between, in the manner of BLiMP (arXiv 1912.00582) and of BIG-bench's subject_verb_agreement
+`misspelled` takes a word of held-out text and changes one vowel of it: models of a hundred thousand parameters tell some of
+these apart. `make` makes pairs of number agreement, which ask for grammar. Their levels go from a verb beside its subject to
+nouns of the other number in between, in the manner of BLiMP (arXiv 1912.00582) and of BIG-bench's subject_verb_agreement
 (arXiv 2206.04615); grammar and words (``data/agreement_words.csv``) are our own. Each draw of words gives two items, one with
 a singular subject and one with a plural, so that a model which always prefers one number scores one half at every level.
 """
@@ -26,7 +27,37 @@ LEVELS = {  # N is the subject; M and O are nouns of the other number, and T a v
     "two_distractors": "The {N} {P} the {M} {Q} the {O}",
     "relative_clause": "The {N} that the {M} {T}",
 }
+VOWELS = "aeiou"
+LONGEST = 220  # characters of a sentence, so that the context of the smallest models holds it
 MOST = 5000  # items: the simplest level has 1280 different ones
+
+
+def misspelled(texts: Iterable[str], n: int, seed: int = 0) -> list[Item]:
+    """``n`` items, or fewer where the texts have no more: how a sentence of the texts goes on, and the same with another vowel.
+
+    The misspelled word is none of the texts. Of each sentence at most one word is taken, after the first four.
+    """
+    rng = random.Random(seed)
+    sentences = [sentence.split() for text in texts for sentence in re.split(r"(?<=[.!?])\s+", text)]
+    known = {word for words in sentences for word in words}
+    rng.shuffle(sentences)
+    items: list[Item] = []
+    for words in sentences:
+        places = [i for i in range(4, len(words)) if re.fullmatch("[a-z]{5,}", words[i])]
+        if len(items) == n:
+            break
+        if not places or len(" ".join(words)) > LONGEST:
+            continue
+        at = rng.choice(places)
+        right, vowels = words[at], [i for i, letter in enumerate(words[at]) if letter in VOWELS and i]
+        if not vowels:
+            continue
+        i, gold = rng.choice(vowels), rng.randrange(2)
+        wrong = right[:i] + rng.choice(VOWELS.replace(right[i], "")) + right[i + 1 :]
+        if wrong not in known:
+            choices = [" ".join([word, *words[at + 1 : at + 2]]) for word in (right, wrong)]
+            items.append({"context": " ".join(words[:at]), "choices": choices[:: 1 - 2 * gold], "gold": gold})
+    return items
 
 
 def _words() -> dict[str, list[tuple[str, str, str]]]:

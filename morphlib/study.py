@@ -34,7 +34,8 @@ PARTS = {
     "largest": "the shapes that were ranked before they were trained",
 }
 RECIPE = "small"
-N_PAIRS = 2000  # minimal pairs for each model
+N_PAIRS = 2000  # minimal pairs of each task, for each model
+TASKS = ("agreement", "spelling")
 DONE = "study.csv"  # in the folder of a job that is finished
 _COLUMNS = ("run_id", "part", "shape", "seed", "learning_rate", "base_width", "tokens_per_parameter", "cpu_minutes")
 
@@ -116,19 +117,22 @@ def train(
     rows = training.train(
         run.shape, corpus.train, corpus.held_out, run.marks, run.recipe, folder, device=device, progress=progress
     )
-    pairs = evaluation.agreement_task(corpus.tokenizer.decode(corpus.train), N_PAIRS, progress=progress)
-    task = evaluation.load_tasks(["agreement"], [pairs])
+    held_out = [text for ids in corpus.held_out.values() for text in corpus.tokenizer.decode(ids)]
+    agreement = evaluation.agreement_task(corpus.tokenizer.decode(corpus.train), N_PAIRS, progress=progress)
+    tasks = evaluation.load_tasks(TASKS, [agreement, evaluation.spelling_task(held_out, N_PAIRS)])
     found = []
     for row, ratio in zip(rows, run.tokens_per_parameter, strict=True):
         checkpoint = folder / f"model-{row['budget_tokens']}"
         lm = evaluation.open_model(str(checkpoint), device=device, batch=64 if device == "cpu" else 512, progress=progress)
-        score = scores.summary(evaluation.run(lm, task, folder=folder / "agreement", progress=progress)[0])
-        levels = {f"agreement_{part['category']}": part["value"] for part in score["categories"]}
+        accuracy: dict[str, Any] = {}
+        for record in evaluation.run(lm, tasks, folder=folder / "evaluation", progress=progress):
+            score, name = scores.summary(record), record["task"]
+            accuracy |= {name: score["value"], f"{name}_error": score["standard_error"], f"{name}_pairs": score["n"]}
+            accuracy |= {f"{name}_{part['category']}": part["value"] for part in score.get("categories", [])}
         found.append(
             {"run_id": run.run_id, "part": run.part, "config": run.config, "tokens_per_parameter": ratio}
             | {key: value for key, value in row.items() if key not in ("log", "final_share")}
-            | {"name": run.run_id, "agreement": score["value"], "agreement_error": score["standard_error"], "pairs": score["n"]}
-            | levels
+            | {"name": run.run_id, **accuracy}
             | {"corpus": corpus.digest, "commit": files.commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
             | {"python": platform.python_version(), "transformers": evaluation.versions()["transformers"]}
         )
