@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -102,6 +102,25 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def start_times(hours: Sequence[float], gpus_each: Sequence[int], n_gpus: int) -> list[float]:
+    """When each of several runs starts on ``n_gpus`` GPUs that are alike: in the order given, none before the one ahead of it.
+
+    A run holds its ``gpus_each`` for its ``hours``, and starts as soon as so many are free. The makespan is the latest end. For
+    runs of one GPU each this is list scheduling: the makespan is at most total / n + (1 - 1 / n) longest, and so less than
+    twice the least (Graham 1966, doi 10.1002/j.1538-7305.1966.tb01709.x). Raises ``InputError`` for a run that needs more GPUs
+    than there are.
+    """
+    free, now, starts = [0.0] * n_gpus, 0.0, []
+    for duration, needed in zip(hours, gpus_each, strict=True):
+        if not 1 <= needed <= n_gpus:
+            raise InputError(f"a run takes {needed} GPUs, and there are {n_gpus}; give it from 1 to that many")
+        free.sort()  # when each GPU is free again
+        now = max(now, free[needed - 1])
+        starts.append(now)
+        free[:needed] = [now + duration] * needed
+    return starts
 
 
 _PREPARE = """\

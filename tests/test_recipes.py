@@ -1,4 +1,4 @@
-"""Recipes: the table is complete, and what is written for open_lm trains the published run."""
+"""Recipes: the table is complete, what open_lm is given trains the published run, and runs queue for GPUs as they should."""
 
 import csv
 import json
@@ -6,11 +6,13 @@ import shlex
 from dataclasses import fields, replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import ROOT
 from morphlib import recipes
 from morphlib.errors import InputError
-from morphlib.recipes import Recipe, quantities, write_open_lm_launch
+from morphlib.recipes import Recipe, quantities, start_times, write_open_lm_launch
 from morphlib.shapes import Shape, paper_shapes
 
 MORPH_1B = quantities("morph-1b")
@@ -128,11 +130,74 @@ def test_what_open_lm_cannot_do_is_refused_and_nothing_written(tmp_path):
         ({"schedule": "trunk"}, "along a cosine"),
         ({"base_width": 64}, "for all widths alike"),
     ]
-    for given, message in faults:
+    for changes, message in faults:
         with pytest.raises(InputError, match=message):
-            launch(tmp_path / "none", **given)
+            launch(tmp_path / "none", **changes)
     assert not (tmp_path / "none").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         launch(tmp_path / "file")
     assert recipes.quantities("morph-1b") == MORPH_1B
+
+
+HOURS = st.integers(0, 100).map(float)  # whole hours add up without rounding
+
+
+@st.composite
+def queues(draw, most_each=8):
+    n_gpus = draw(st.integers(1, 8))
+    one = st.tuples(HOURS, st.integers(1, min(n_gpus, most_each)))
+    runs = draw(st.lists(one, min_size=1, max_size=20))
+    return [hours for hours, _ in runs], [gpus for _, gpus in runs], n_gpus
+
+
+def makespan(hours, gpus_each, n_gpus):
+    return max(start + each for start, each in zip(start_times(hours, gpus_each, n_gpus), hours, strict=True))
+
+
+@given(queues())
+def test_no_more_gpus_are_held_than_there_are_and_none_waits_in_vain(queue):
+    """Each run starts in its turn, at the first moment at which the runs before it leave enough GPUs."""
+    hours, gpus_each, n_gpus = queue
+    starts = start_times(*queue)
+    assert starts == sorted(starts)
+
+    def held(moment, runs):
+        return sum(gpus_each[i] for i in range(runs) if starts[i] <= moment < starts[i] + hours[i])
+
+    for i, start in enumerate(starts):
+        turn = starts[i - 1] if i else 0.0
+        moments = sorted({turn, *(starts[k] + hours[k] for k in range(i) if starts[k] + hours[k] > turn)})
+        assert start == next(moment for moment in moments if held(moment, i) + gpus_each[i] <= n_gpus)
+
+
+@given(queues())
+def test_a_makespan_lies_between_its_bounds(queue):
+    """While a run waits, fewer GPUs are free than it needs; so with g the most that any needs, n - g + 1 or more are held."""
+    hours, gpus_each, n_gpus = queue
+    total = sum(a * b for a, b in zip(hours, gpus_each, strict=True))
+    found = makespan(*queue)
+    assert found >= max(total / n_gpus, *hours) - 1e-9
+    assert found <= total / (n_gpus - max(gpus_each) + 1) + max(hours) + 1e-9
+
+
+@given(queues(most_each=1))
+def test_runs_of_one_gpu_keep_grahams_bound(queue):
+    hours, _, n_gpus = queue
+    assert makespan(*queue) <= sum(hours) / n_gpus + (1 - 1 / n_gpus) * max(hours) + 1e-9
+
+
+@given(st.lists(HOURS, min_size=1, max_size=20))
+def test_one_gpu_takes_the_sum_and_enough_take_the_longest(hours):
+    ones = [1] * len(hours)
+    assert makespan(hours, ones, 1) == sum(hours)
+    assert makespan(hours, ones, len(hours)) == max(hours)
+
+
+def test_runs_queue_as_they_do_by_hand():
+    """Four GPUs: the third run needs both halves, and the fourth does not pass it."""
+    assert start_times([2, 5, 1, 3], [2, 2, 4, 1], 4) == [0, 0, 5, 6]
+    assert start_times([], [], 4) == []
+    for needed in (0, 5):
+        with pytest.raises(InputError, match=f"takes {needed} GPUs, and there are 4"):
+            start_times([1.0], [needed], 4)
