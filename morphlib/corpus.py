@@ -387,7 +387,7 @@ class Corpus:
     @property
     def digest(self) -> str:
         """Tells this text from another: the beginning of the SHA-256 of its training tokens."""
-        return str(self.manifest["sha256"]["train.npy"])[:12]
+        return f"sha256:{self.manifest['sha256']['train.npy'][:12]}"
 
     def require(self, tokens: int) -> None:
         """Raises ``InputError`` where a single epoch has fewer tokens to train on; no text is seen twice."""

@@ -10,16 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
-from morphlib import files, recipes, runs
+from morphlib import diagnostics, files, fitting, laws, recipes, runs, uncertainty
 from morphlib.errors import InputError
+from morphlib.laws import Law
 from morphlib.recipes import Recipe
 from morphlib.shapes import Shape
 
@@ -37,6 +40,7 @@ RECIPE = "small"
 N_PAIRS = 2000  # minimal pairs of each task, for each model
 TASKS = ("agreement", "spelling")
 DONE = "study.csv"  # in the folder of a job that is finished
+EXPONENTS: tuple[laws.Exponents, ...] = ("tied", "free")
 _COLUMNS = ("run_id", "part", "shape", "seed", "learning_rate", "base_width", "tokens_per_parameter", "cpu_minutes")
 
 
@@ -59,7 +63,8 @@ class Run:
     def config(self) -> str:
         """A hash of all that decides the outcome, but for the text and the machine."""
         told = [str(self.shape), self.shape.norm, asdict(self.recipe), self.marks, N_PAIRS]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        # with a word before it, since a table reader takes 12e4 for a number
+        return f"sha256:{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
 
 
 def plan(path: Path = PLAN) -> list[Run]:
@@ -143,7 +148,10 @@ def train(
 
 
 def load(path: Path = TABLE, plan_path: Path = PLAN) -> pd.DataFrame:
-    """The rows of a study that belong to its plan, as a run table (`morphlib.runs.load`) with the aspect ratio ``R``.
+    """The rows of a study that belong to its plan, as a run table (`morphlib.runs.load`).
+
+    Two columns are added: the aspect ratio ``R``, and ``fit_study``, 1 for rows that laws may be fitted to: those trained at
+    the recipe's learning rate, each model once, and none of the part ``largest``.
 
     Raises ``InputError`` for a row that does not belong to its plan, for one that is there twice, and for rows of different
     texts.
@@ -151,7 +159,12 @@ def load(path: Path = TABLE, plan_path: Path = PLAN) -> pd.DataFrame:
     known = {run.run_id: run for run in plan(plan_path)}
     _belonging(_read(path), known, path)
     table = runs.load(path)
-    return table.assign(R=table["d_model"] / table["n_layers"])
+    given = recipes.quantities(RECIPE)
+    ours = (table["learning_rate"] == given["learning_rate"]) & (table["base_width"] == given["base_width"])
+    # a tuning run at the recipe's own rate is the first branch of a run to be fitted, where that is there
+    once = table[ours & (table["part"] != "largest")].sort_values("part").drop_duplicates(["shape", "tokens", "seed"])
+    fits = table.index.isin(once.index)
+    return table.assign(R=table["d_model"] / table["n_layers"], fit_study=fits.astype("int64"))
 
 
 def losses(run_id: str, budget_tokens: int, table: Path = TABLE) -> pd.Series:
@@ -213,6 +226,53 @@ def _latencies(path: Path) -> dict[str, float]:
     if table["hardware"].nunique() > 1:
         raise InputError(f"{path}: was measured on {', '.join(table['hardware'].unique())}; measure all shapes on one machine")
     return dict(zip(table["shape"], table["e2e_s"], strict=True))
+
+
+def forms() -> list[Law]:
+    """The laws of the chapters on laws that read no more than N, D, width and depth, each once."""
+    names = ["chinchilla", *(f"chinchilla+{term}" for term in laws.SHAPE_TERMS if term != "conditional-ratio")]
+    names += ["width-depth", "width-depth-fixed", "gemstones"]
+    every = [laws.get(name, mode) for mode in EXPONENTS for name in names]
+    return list({(law.name, law.parameters): law for law in every}.values())
+
+
+def ranked(table: pd.DataFrame, wanted: Sequence[Run], seed: int = 0) -> pd.DataFrame:
+    """What each law of `forms` foretells of runs that it has not seen, from the rows that ``fit_study`` marks.
+
+    The rule of choice: hold out one size at a time, fit the others, predict it; of the laws that are determined in every fold
+    take the one of least root mean squared error (``error_by_size``, nats per token). One row for each law and run: law,
+    exponents, error_by_size, ``weak_folds`` that do not determine it, ``chosen`` (0 or 1), shape, tokens, predicted ``loss``
+    with a 95 % interval from ``low`` to ``high`` (clustered by shape; the error of the form itself is not in it), and ``rank``,
+    1 for the least loss. The law chosen comes first. Raises ``InputError`` where no law is determined.
+    """
+    rows = table[table["fit_study"] == 1].reset_index(drop=True)
+    if rows.empty or not wanted:
+        raise InputError(f"there are {len(rows)} rows to fit and {len(wanted)} runs of the part largest; both are needed")
+    compared = diagnostics.compare(rows, forms(), "size", n_resamples=1, seed=seed)
+    sound = compared["undetermined"] == 0
+    if not sound.any():
+        raise InputError("the rows determine no law in every fold of one size left out; train more of the plan")
+    compared = pd.concat([compared[sound], compared[~sound]], ignore_index=True)
+    new = pd.DataFrame(
+        [
+            {"n_params": run.shape.n_params("non_embedding"), "tokens": mark, "shape": str(run.shape)}
+            | {"d_model": run.shape.d_model, "n_layers": run.shape.n_layers, "n_count": "non_embedding"}
+            for run in wanted
+            for mark in run.marks
+        ]
+    )
+    found = []
+    for place, (name, exponents, error, weak) in enumerate(compared[["law", "exponents", "rmse", "undetermined"]].to_numpy()):
+        fit = fitting.fit(rows, laws.get(name, exponents), seed=seed)
+        losses = new.assign(loss=fit.predict(new), low=np.nan, high=np.nan)[["loss", "low", "high"]]
+        with suppress(InputError):  # a law that the rows do not determine has no interval
+            covariance = uncertainty.cluster_covariance(rows, fit, "shape")
+            losses = uncertainty.prediction_interval(new, fit, rows, covariance=covariance)
+        told = {"law": name, "exponents": exponents, "error_by_size": error, "weak_folds": weak, "chosen": int(place == 0)}
+        ranks = losses["loss"].rank().astype("int64")
+        found.append(new[["shape", "tokens"]].assign(**told, **losses, rank=ranks).sort_values("rank"))
+    order = [*told, "shape", "tokens", "loss", "low", "high", "rank"]
+    return pd.concat(found, ignore_index=True)[order]
 
 
 def _read(path: Path) -> pd.DataFrame:

@@ -90,10 +90,13 @@ def _add_study(commands: Any, parser_class: type[argparse.ArgumentParser], count
     one.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: OMP_NUM_THREADS, or one for each core)")
     collect = study.add_parser("collect", help="put the rows of finished runs into the table")
     collect.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="that morph study run wrote")
+    foretell = study.add_parser("rank", help="foretell the losses of the largest shapes by laws fitted to the others")
+    foretell.add_argument("--out", type=Path, metavar="CSV", help="also write what each law says")
     for command, run, show in (
         (listed, _plan, _show_plan),
         (one, _study_run, _show_rows),
         (collect, _collect, _show_collected),
+        (foretell, _rank, _show_ranked),
     ):
         command.add_argument("--plan", type=Path, metavar="CSV", help="(default: the bundled one)")
         if command is not one:
@@ -213,6 +216,28 @@ def _collect(arguments: argparse.Namespace) -> dict[str, Any]:
 def _show_collected(result: dict[str, Any]) -> None:
     trained = "; ".join(f"{runs} on {device}" for device, runs in result["trained_on"].items())
     print(f"{result['added']} runs added to {result['table']}, {len(result['left'])} of the plan are left; trained: {trained}")
+
+
+def _rank(arguments: argparse.Namespace) -> dict[str, Any]:
+    from morphlib import study
+
+    plan = arguments.plan or study.PLAN
+    wanted = [run for run in study.plan(plan) if run.part == "largest"]
+    found = study.ranked(study.load(arguments.table or study.TABLE, plan), wanted)
+    if arguments.out:
+        with files.replacing(arguments.out) as partial:
+            found.to_csv(partial, index=False, float_format="%.6g")
+    return {"ranked": found.to_dict("records")}
+
+
+def _show_ranked(result: dict[str, Any]) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame(result["ranked"])
+    best = table[table["chosen"] == 1]
+    print(best[["rank", "shape", "tokens", "loss", "low", "high"]].to_string(index=False))
+    law = "{law} with {exponents} exponents, error {error_by_size:.4f} with one size left out".format(**best.iloc[0])
+    print(f"by {law}; of {table.groupby(['law', 'exponents']).ngroups} laws")
 
 
 def _shape(given: dict[str, Any], vocab: int | None = None) -> Shape:

@@ -55,8 +55,9 @@ def test_arrows_between_modules_go_one_way():
     """A module imports only those named before it, and laws and shapes nothing of ours."""
     order = ["errors", "files", "laws", "shapes", "runs", "model", "corpus", "recipes", "training", "least_squares", "fitting",
              "uncertainty", "diagnostics", "design", "ablations", "latency", "latency.hardware", "latency.models",
-             "latency.engines", "latency.timing", "latency.analytic", "latency.commands", "selection", "minimal_pairs", "scores",
-             "evaluation", "study", "report", "pipeline", "training_commands", "evaluation_commands", "cli"]  # fmt: skip
+             "latency.engines", "latency.timing", "latency.analytic", "latency.commands", "selection", "minimal_pairs",
+             "scores", "evaluation", "study", "report", "pipeline", "training_commands", "evaluation_commands",
+             "cli"]  # fmt: skip
     folder = ROOT / "morphlib"
     names = (".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py"))
     found = {name.removesuffix(".__init__") for name in names}
