@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from morphlib.corpus import Corpus
 
 DATA = Path(__file__).parent / "data"
-PLAN, TABLE, LATENCIES = (DATA / name for name in ("study_plan.csv", "small_runs.csv", "latency_small.csv"))
+PLAN, TABLE, PREDICTIONS = DATA / "study_plan.csv", DATA / "small_runs.csv", DATA / "small_predictions.csv"
+LATENCIES = DATA / "latency_small.csv"
 PARTS = {
     "tuning": "the learning rate, at the two smallest sizes and at two larger shapes",
     "fit": "what laws are fitted to",
@@ -241,9 +242,9 @@ def ranked(table: pd.DataFrame, wanted: Sequence[Run], seed: int = 0) -> pd.Data
 
     The rule of choice: hold out one size at a time, fit the others, predict it; of the laws that are determined in every fold
     take the one of least root mean squared error (``error_by_size``, nats per token). One row for each law and run: law,
-    exponents, error_by_size, ``weak_folds`` that do not determine it, ``chosen`` (0 or 1), shape, tokens, predicted ``loss``
-    with a 95 % interval from ``low`` to ``high`` (clustered by shape; the error of the form itself is not in it), and ``rank``,
-    1 for the least loss. The law chosen comes first. Raises ``InputError`` where no law is determined.
+    exponents, error_by_size, ``weak_folds`` that do not determine it, ``chosen`` (0 or 1), ``rows`` fitted, shape, tokens,
+    predicted ``loss`` with a 95 % interval from ``low`` to ``high`` (clustered by shape; the error of the form itself is not
+    in it), and ``rank``, 1 for the least loss. The law chosen comes first. Raises ``InputError`` where no law is determined.
     """
     rows = table[table["fit_study"] == 1].reset_index(drop=True)
     if rows.empty or not wanted:
@@ -269,6 +270,7 @@ def ranked(table: pd.DataFrame, wanted: Sequence[Run], seed: int = 0) -> pd.Data
             covariance = uncertainty.cluster_covariance(rows, fit, "shape")
             losses = uncertainty.prediction_interval(new, fit, rows, covariance=covariance)
         told = {"law": name, "exponents": exponents, "error_by_size": error, "weak_folds": weak, "chosen": int(place == 0)}
+        told["rows"] = len(rows)
         ranks = losses["loss"].rank().astype("int64")
         found.append(new[["shape", "tokens"]].assign(**told, **losses, rank=ranks).sort_values("rank"))
     order = [*told, "shape", "tokens", "loss", "low", "high", "rank"]

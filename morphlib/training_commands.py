@@ -225,8 +225,9 @@ def _rank(arguments: argparse.Namespace) -> dict[str, Any]:
     wanted = [run for run in study.plan(plan) if run.part == "largest"]
     found = study.ranked(study.load(arguments.table or study.TABLE, plan), wanted)
     if arguments.out:
+        source = f"morph study rank at {files.commit()}"
         with files.replacing(arguments.out) as partial:
-            found.to_csv(partial, index=False, float_format="%.6g")
+            found.assign(source=source).to_csv(partial, index=False, float_format="%.6g")
     return {"ranked": found.to_dict("records")}
 
 
