@@ -18,6 +18,7 @@ DATA = sorted(map(str, Path("morphlib/data").glob("*.csv")))
 TIMING = ("01_latency_motivation", "02_latency_and_shape")  # they measure, and must be alone on the machine
 OWN_ROWS = Path("_build/own_latency.csv")  # what `make latency` measured
 
+STUDY_PLAN = config.get("plan", "morphlib/data/study_plan.csv")
 STUDY_TABLE = config.get("table", "morphlib/data/small_runs.csv")
 CORPUS = str(files.home() / "corpus/manifest.json")
 
@@ -103,8 +104,9 @@ rule latency_small:
 def runs_left(_):
     from morphlib import study
 
-    recorded = set(study.load(Path(STUDY_TABLE))["name"]) if Path(STUDY_TABLE).exists() else set()
-    return [f"_build/study/{run.run_id}/study.csv" for run in study.plan() if run.run_id not in recorded]
+    plan, table = Path(STUDY_PLAN), Path(STUDY_TABLE)
+    recorded = set(study.load(table, plan)["name"]) if table.exists() else set()
+    return [f"_build/study/{run.run_id}/study.csv" for run in study.plan(plan) if run.run_id not in recorded]
 
 
 rule study:
@@ -120,6 +122,7 @@ rule study_run:
     output:
         "_build/study/{run}/study.csv",
     params:
+        plan=STUDY_PLAN,
         table=STUDY_TABLE,
     threads: 1
     retries: 4
@@ -127,8 +130,8 @@ rule study_run:
         runtime=80,
         mem_mb=3000,
     shell:
-        "timeout 75m morph study run {wildcards.run} --out _build/study/{wildcards.run} --threads 1"
-        " && morph study collect _build/study/{wildcards.run} --table {params.table}"
+        "timeout 75m morph study run {wildcards.run} --plan {params.plan} --out _build/study/{wildcards.run} --threads 1"
+        " && morph study collect _build/study/{wildcards.run} --plan {params.plan} --table {params.table}"
 
 
 rule corpus:

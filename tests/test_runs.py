@@ -26,9 +26,12 @@ def test_the_papers_table(paper):
 def test_bundled_tables_name_their_sources():
     for path in (ROOT / "morphlib/data").glob("*.csv"):
         table = pd.read_csv(path)
-        if path.stem.startswith("latency_cpu"):  # measured here: its source is the machine, the commit and the date
+        # measured here: their source is the machine, the commit and the date
+        if path.stem.startswith("latency_cpu") or path.stem == "latency_small":
             assert table[["hardware", "library", "commit", "date"]].notna().all(axis=None)
-        elif path.stem not in ("latency_grid", "agreement_words"):  # a plan, and words of our own
+        elif path.stem == "small_runs":
+            assert table[["device", "torch", "commit", "date", "corpus"]].notna().all(axis=None)
+        elif path.stem not in ("latency_grid", "latency_small_grid", "agreement_words"):  # plans, and words of our own
             assert table["source"].notna().all(), path.name
 
 
