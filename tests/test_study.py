@@ -262,3 +262,16 @@ def test_rows_that_determine_no_law_are_refused():
     few = fitted.groupby("family").head(1)
     with pytest.raises(InputError, match="determine no law"):
         study.ranked(few, PLAN[-1:])
+
+
+def test_the_kept_models_are_those_of_the_table():
+    transformers = pytest.importorskip("transformers")
+    from morphlib import files, model  # noqa: F401 - transformers reads an Open-LM once the model is known
+
+    table = study.load().set_index("name")
+    for kept in pd.read_csv(study.DATA / "checkpoints.csv").itertuples():
+        folder = study.DATA / "checkpoints" / kept.folder
+        assert files.sha256(folder / "model.safetensors") == kept.sha256
+        weights = transformers.AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+        row = table.loc[kept.run_id]
+        assert row["part"] == "largest" and weights == row["n_params"] + 2 * row["vocab"] * row["d_model"]
