@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,6 +43,20 @@ def test_averages_of_public_models_come_back_to_the_printed_digit():
     assert len(rows) == 11
     for row in rows:
         assert f"{scores.average({name: float(row[name]) for name in NAMES}):.2f}" == row["average"], row["model"]
+
+
+def test_the_papers_table_names_rows_of_other_tables_and_agrees_with_them():
+    """Averages are those of the accuracies by task where there are any, and layers are those of the shape but once."""
+    data = ROOT / "morphlib/data"
+    table = pd.read_csv(data / "paper_models.csv")
+    latencies = pd.read_csv(data / "latency_reference.csv").set_index("id")
+    assert len(table) == 8 and table["source"].notna().all() and table["accuracy"].between(0.49, 0.54).all()
+    assert set(table["open_model"]) <= set(pd.read_csv(data / "open_models.csv")["name"])
+    averages = {row["model"]: float(row["average"]) for row in scores.baselines()}
+    for row in table.dropna(subset=["baseline"]).itertuples():
+        assert averages[row.baseline] == row.accuracy, row.model
+    layers = [int(latencies["shape"][name].partition("x")[0]) for name in table["latency"]]
+    assert table["model"][table["layers"] != layers].tolist() == ["Pythia-1.3B"]
 
 
 @pytest.mark.parametrize("missing", NAMES)
