@@ -118,6 +118,7 @@ def train(
     if done.is_file():
         return _belonging(_read(done), {run.run_id: run}, done)
     from morphlib import evaluation, scores, training
+    from morphlib.latency.models import cpu_name
 
     corpus.require(run.marks[-1])
     rows = training.train(
@@ -141,6 +142,7 @@ def train(
             | {"name": run.run_id, **accuracy}
             | {"corpus": corpus.digest, "commit": files.commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
             | {"python": platform.python_version(), "transformers": evaluation.versions()["transformers"]}
+            | {"hardware": cpu_name() if row["device"] == "cpu" else row["device"]}
         )
     table = pd.DataFrame(found)
     with files.replacing(done) as partial:
@@ -209,7 +211,7 @@ def collect(
     return {
         "added": int(merged["run_id"].nunique() - old["run_id"].nunique()),
         "left": [run_id for run_id in known if run_id not in set(merged["run_id"])],
-        "trained_on": merged.groupby("device")["run_id"].nunique().to_dict(),
+        "trained_on": merged.groupby("hardware")["run_id"].nunique().to_dict(),
     }
 
 
@@ -279,7 +281,7 @@ def ranked(table: pd.DataFrame, wanted: Sequence[Run], seed: int = 0) -> pd.Data
 
 def _read(path: Path) -> pd.DataFrame:
     table = runs.read(path)
-    if missing := [name for name in ("run_id", "config", "corpus", "budget_tokens", "device") if name not in table]:
+    if missing := [name for name in ("run_id", "config", "corpus", "budget_tokens", "hardware") if name not in table]:
         raise InputError(f"{path}: column {', '.join(missing)} is missing; it is no table of a study")
     return table
 

@@ -30,7 +30,7 @@ def test_bundled_tables_name_their_sources():
         if path.stem.startswith("latency_cpu") or path.stem == "latency_small":
             assert table[["hardware", "library", "commit", "date"]].notna().all(axis=None)
         elif path.stem == "small_runs":
-            assert table[["device", "torch", "commit", "date", "corpus"]].notna().all(axis=None)
+            assert table[["hardware", "torch", "commit", "date", "corpus"]].notna().all(axis=None)
         elif path.stem not in ("latency_grid", "latency_small_grid", "agreement_words"):  # plans, and words of our own
             assert table["source"].notna().all(), path.name
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from morphlib import cli, laws, runs, study
 from morphlib.errors import InputError
+from morphlib.latency import models
 from morphlib.shapes import Shape
 
 PLAN = study.plan()
@@ -140,7 +141,7 @@ def test_a_job_leaves_a_row_for_each_budget(small):
     assert list(rows["budget_tokens"]) == run.marks and (rows["config"] == run.config).all()
     for task in study.TASKS:
         assert rows[task].between(0, 1).all() and (rows[f"{task}_error"] > 0).all()
-    assert {"commit", "device", "torch", "transformers", "python", "corpus", "seconds", "threads"} <= set(rows)
+    assert {"commit", "hardware", "torch", "transformers", "python", "corpus", "seconds", "threads"} <= set(rows)
 
 
 def test_a_finished_job_is_not_done_again(small):
@@ -157,7 +158,7 @@ def test_rows_are_collected_once(small, tmp_path):
     assert study.collect([folder / "b"], table, plan)["left"] == ["a"]
     first = table.read_text().splitlines()
     told = study.collect([folder / "a", folder / "b"], table, plan)
-    assert told == {"added": 1, "left": [], "trained_on": {"cpu": 2}}
+    assert told == {"added": 1, "left": [], "trained_on": {models.cpu_name(): 2}}
     rows = table.read_text().splitlines()
     assert len(rows) == 4 and rows[3] == first[1] and rows[1].startswith("a,")  # in the order of the plan
     assert study.collect([folder / "a"], table, plan)["added"] == 0
