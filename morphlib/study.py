@@ -188,7 +188,10 @@ def collect(
     known = {run.run_id: run for run in plan(plan_path)}
     with files.locked(table.with_name(f".{table.name}.lock")):
         old = _belonging(_read(table), known, table) if table.is_file() else pd.DataFrame({"run_id": []})
-        rows, curves = [old], [pd.read_parquet(_losses_of(table))] if table.is_file() else []
+        rows, curves = [old], []
+        if table.is_file():
+            kept = pd.read_parquet(_losses_of(table))
+            curves.append(kept[kept["run_id"].isin(old["run_id"])])  # a kill can leave losses without their row
         for folder in folders:
             found = _belonging(_read(folder / DONE), known, folder / DONE)
             run_id = found["run_id"].iloc[0]

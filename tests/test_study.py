@@ -167,6 +167,17 @@ def test_rows_are_collected_once(small, tmp_path):
     assert len(losses) == study.load(table, plan)["steps"].iloc[1]
 
 
+def test_losses_that_a_kill_left_without_their_row_are_not_doubled(small, tmp_path):
+    folder, plan, _ = small
+    table = tmp_path / "runs.csv"
+    study.collect([folder / "b"], table, plan)
+    before = table.read_bytes()
+    study.collect([folder / "a"], table, plan)
+    table.write_bytes(before)  # as if it had ended between the two files
+    study.collect([folder / "a"], table, plan)
+    assert len(study.losses("a", study.named("a", plan).marks[1], table)) == study.load(table, plan)["steps"].iloc[1]
+
+
 def test_a_job_of_another_plan_is_not_collected(small, tmp_path):
     folder, plan, _ = small
     table = tmp_path / "runs.csv"
