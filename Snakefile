@@ -98,7 +98,7 @@ rule latency_small:
         touch("_build/latency_small.done"),
     threads: workflow.cores
     shell:
-        "morph latency measure --grid {input} --record morphlib/data/latency_small.csv --cap-seconds 12"
+        "morph latency measure --grid {input} --record morphlib/data/latency_small.csv --together 6 --cap-seconds 18"
 
 
 def runs_left(_):

@@ -389,6 +389,10 @@ class Corpus:
         """Tells this text from another: the beginning of the SHA-256 of its training tokens."""
         return f"sha256:{self.manifest['sha256']['train.npy'][:12]}"
 
+    def held_out_texts(self) -> list[str]:
+        """The held-out documents of all sources."""
+        return [text for tokens in self.held_out.values() for text in self.tokenizer.decode(tokens)]
+
     def require(self, tokens: int) -> None:
         """Raises ``InputError`` where a single epoch has fewer tokens to train on; no text is seen twice."""
         if len(self.train) < tokens:

@@ -76,8 +76,7 @@ def _evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
     if "spelling" in names:
         if corpus is None:
             raise InputError("spelling: its pairs are made of the held-out text of a corpus; name one by --corpus")
-        held_out = [text for ids in corpus.held_out.values() for text in corpus.tokenizer.decode(ids)]
-        folders.append(evaluation.spelling_task(held_out, seed=arguments.seed))
+        folders.append(evaluation.spelling_task(corpus.held_out_texts(), seed=arguments.seed))
     if "agreement" in names:
         texts = corpus.tokenizer.decode(corpus.train) if corpus else ()
         folders.append(evaluation.agreement_task(texts, seed=arguments.seed, progress=progress))

@@ -124,9 +124,8 @@ def train(
     rows = training.train(
         run.shape, corpus.train, corpus.held_out, run.marks, run.recipe, folder, device=device, progress=progress
     )
-    held_out = [text for ids in corpus.held_out.values() for text in corpus.tokenizer.decode(ids)]
     agreement = evaluation.agreement_task(corpus.tokenizer.decode(corpus.train), N_PAIRS, progress=progress)
-    tasks = evaluation.load_tasks(TASKS, [agreement, evaluation.spelling_task(held_out, N_PAIRS)])
+    tasks = evaluation.load_tasks(TASKS, [agreement, evaluation.spelling_task(corpus.held_out_texts(), N_PAIRS)])
     found = []
     for row, ratio in zip(rows, run.tokens_per_parameter, strict=True):
         checkpoint = folder / f"model-{row['budget_tokens']}"
@@ -165,7 +164,8 @@ def load(path: Path = TABLE, plan_path: Path = PLAN) -> pd.DataFrame:
     given = recipes.quantities(RECIPE)
     ours = (table["learning_rate"] == given["learning_rate"]) & (table["base_width"] == given["base_width"])
     # a tuning run at the recipe's own rate is the first branch of a run to be fitted, where that is there
-    once = table[ours & (table["part"] != "largest")].sort_values("part").drop_duplicates(["shape", "tokens", "seed"])
+    own = table[ours & (table["part"] != "largest")].sort_values("part", kind="stable")
+    once = own.drop_duplicates(["shape", "tokens", "seed"])
     fits = table.index.isin(once.index)
     return table.assign(R=table["d_model"] / table["n_layers"], fit_study=fits.astype("int64"))
 

@@ -12,8 +12,8 @@ paper's (`morphlib.runs.run_averaged_loss`) of all steps up to the mark, each wi
 A run that is killed goes on from its last checkpoint and ends with the same bits, on a CPU of the same machine with as many
 threads. A checkpoint is one file, whose name holds its checksum; two are kept.
 
-On one CUDA device the second and later steps of a phase are replays of one CUDA graph: a small model spends most of an eager
-step on launching its kernels.
+On one CUDA device all steps are replays of a CUDA graph, but the first of the run and the first after a branch: a small model
+spends most of an eager step on launching its kernels.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ def train(
     if not held_out:
         raise InputError(f"no source has {recipe.sequence} held-out tokens, one sequence; give more text or shorter sequences")
     order = np.random.default_rng(recipe.seed).permutation(n_sequences)
-    records = device.startswith("cuda") and not (n_processes > 1 or recipe.gradient_checkpointing or recipe.compile)
+    plain = not (distributed.is_initialized() or recipe.gradient_checkpointing or recipe.compile)
+    records = plain and device.startswith("cuda")
     texts = {
         name: hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest() for name, ids in {"train": tokens, **held_out}.items()
     }
@@ -210,7 +211,7 @@ def train(
         torch.manual_seed(recipe.seed)
         model = OpenLMForCausalLM(OpenLMConfig.of(shape, qk_norm=recipe.qk_norm, max_tokens=recipe.sequence))
         model.to(device)  # type: ignore[arg-type]
-        _distribute(model, recipe, device)
+        _spare_memory(model, recipe, device)
         state = _State(model, _optimizer(model, recipe, records), records=records)
         _resume(folder, identity, state)
         forward: Any = torch.compile(model) if recipe.compile else model
@@ -240,7 +241,7 @@ def train(
         return state.rows
 
 
-def _distribute(model: OpenLMForCausalLM, recipe: Recipe, device: str) -> None:
+def _spare_memory(model: OpenLMForCausalLM, recipe: Recipe, device: str) -> None:
     """Make the model keep less: not what a backward pass can compute again, and of several processes its shard alone."""
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
