@@ -341,6 +341,14 @@ def ratio(
     return Estimate(float(ratios[0]), float(ratios.min()), float(ratios.max()), f"predicted for {machine.device.name}, {mode}")
 
 
+def ratio_if_both_fit(first: Shape, second: Shape, *where: Any, **workload: Any) -> Estimate | None:
+    """As `ratio`; None where one of the two does not fit the memory."""
+    try:
+        return ratio(first, second, *where, **workload)
+    except InputError:
+        return None
+
+
 def _phases(shape: Shape | Shapes, work: Workload, cache_passes: int) -> tuple[_Work, _Work]:
     """The bytes and FLOPs of the prefill and of a mean step of decoding, which reads the cache ``cache_passes`` times."""
     weight_bytes = shape.weight_bytes(work.weight_bits, "without_input_embedding")
