@@ -64,6 +64,8 @@ NO_PROSE = {
     r"</?[A-Za-z][^>]*>|<?https?://[^\s>)]+>?": "HTML, or an address",
     r"^\([\w-]+\)=$": "the name of a place",
     r"^ *\d+\.(?= )": "the number of an item",
+    r"\b[Ee]xercise \d+\.\d+\b": "the number of an exercise",
+    r"\((?:[\w-]+, )?\d+ minutes\)": "the time set for an exercise",
 }
 
 
@@ -155,6 +157,8 @@ TYPED = [
     "| loss | 2.95 |",
     "- from 3 runs",
     "1. First of 3",
+    "A rate of 3 × 10⁻³",
+    ":::{admonition} Exercise 3.1: Four (warm-up, 5 minutes)\nIn 5 minutes\n:::",
     "**4** of them, `code` 5 `code`, $R$ 6 $N$",
     "[7 pages](page.md)",
     "{doc}`the 8 runs <page>`",
@@ -179,6 +183,7 @@ UNTYPED = [
     "```{code-block} text\n:lines: 10\n11\n```",
     ":::{admonition} Title\n:width: 12\nwords\n:::",
     "(place-13)=\n1. an item",
+    ":::{admonition} Exercise 3.1: Four (warm-up, 5 minutes)\nAs in exercise 2.4\n:::",
     "| parameter | type | default | meaning |\n|---|---|---|---|\n| `n` | number | 14 | the most |",
     "| task | data | licence |\n|---|---|---|\n| a | 15 | MIT |",
     "<!-- 16 -->",
