@@ -161,10 +161,14 @@ def glue(*, live: bool = False, **numbers: float | int | str) -> None:
         myst_nb.glue(name, plain, display=False)
 
 
-def paper_reported(law: str, exponents: str, fit_on: str | None) -> dict[str, float]:
-    """What the paper or its code reports for one fit to its own runs, by quantity; empty where nothing is."""
-    reported = pd.read_csv(str(resources.files("morphlib") / "data/paper_reported.csv"))
-    rows = reported[(reported["law"] == law) & (reported["exponents"] == exponents) & (reported["fit_on"] == fit_on)]
+def paper_reported(law: str | None = None, exponents: str | None = None, fit_on: str | None = None) -> dict[str, float]:
+    """What the paper or its code reports for one fit to its own runs, by quantity; empty where nothing is.
+
+    Without a law: what the paper says beside its fits. Ratios are plain numbers, times in the unit of their name.
+    """
+    reported = pd.read_csv(str(resources.files("morphlib") / "data/paper_reported.csv"), keep_default_na=False)
+    asked = {"law": law, "exponents": exponents, "fit_on": fit_on}
+    rows = reported[(reported[list(asked)] == [value or "" for value in asked.values()]).all(axis=1)]
     return dict(zip(rows["quantity"], rows["value"], strict=True))
 
 
