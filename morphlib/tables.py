@@ -75,7 +75,7 @@ def _type(values: pd.Series) -> str:
     if pd.api.types.is_bool_dtype(values):
         return "true or false"
     if pd.api.types.is_integer_dtype(values):
-        return "whole number"
+        return "integer"
     return "number" if pd.api.types.is_numeric_dtype(values) else "text"
 
 
