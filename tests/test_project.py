@@ -73,3 +73,11 @@ def test_arrows_between_modules_go_one_way():
                 imported |= {name for name in names if name in found} or {package}
         allowed = set() if module in ("laws", "shapes") else {*order[:position], "", "__version__"}
         assert imported <= allowed, f"{module} imports {imported - allowed}"
+
+
+def test_the_page_of_the_python_interface_has_every_module():
+    """But for those behind the commands."""
+    folder = ROOT / "morphlib"
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in folder.rglob("*.py") if path.stem != "__init__"}
+    listed = re.findall(r"^\.\. automodule:: (\S+)$", (ROOT / "book/api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(name for name in names if not name.endswith(("commands", ".cli")))
