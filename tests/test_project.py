@@ -11,6 +11,8 @@ from packaging.utils import canonicalize_name
 
 import morphlib
 from conftest import ROOT
+from morphlib import laws
+from morphlib.latency import engines
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text().splitlines()
@@ -81,3 +83,12 @@ def test_the_page_of_the_python_interface_has_every_module():
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in folder.rglob("*.py") if path.stem != "__init__"}
     listed = re.findall(r"^\.\. automodule:: (\S+)$", (ROOT / "book/api.md").read_text(), flags=re.MULTILINE)
     assert sorted(listed) == sorted(name for name in names if not name.endswith(("commands", ".cli")))
+
+
+def test_laws_and_engines_are_in_the_tables_of_the_book():
+    for page, names in {
+        "notation": (*laws.NAMES, *laws.SHAPE_TERMS),
+        "bring_your_own_hardware": engines.ENGINES,
+    }.items():
+        text = (ROOT / f"book/{page}.md").read_text()
+        assert [name for name in names if f"`{name}`" not in text] == []
