@@ -21,7 +21,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from morphlib import claims, files, results
+from morphlib import claims, files, results, tables
 from morphlib.errors import InputError
 
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
@@ -183,6 +183,7 @@ def _substitutions(tree: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         "ledger": claims.page(ledger),
         "verdicts": ledger["verdict"].value_counts().to_dict(),
         "displays": claims.displays(Path("book/displays.csv")),
+        "data_dictionary": tables.dictionary(),
     }
 
 

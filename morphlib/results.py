@@ -63,7 +63,7 @@ def figures(path: Path) -> dict[str, str]:
 
 
 def published() -> dict[str, dict[str, Any]]:
-    """The results behind the published book, as `morphlib.pipeline record` wrote them; empty where there are none yet."""
+    """The results behind the published book, as ``morphlib.pipeline record`` wrote them; empty where there are none yet."""
     file = resources.files("morphlib") / "data/published.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
