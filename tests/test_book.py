@@ -17,6 +17,8 @@ from conftest import ROOT
 from morphlib import claims, files, pipeline, results
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if not path.stem.endswith("_solutions")]
+SOLVED = [path for path in CHAPTERS if path.with_name(f"{path.stem[:2]}_solutions.ipynb").exists()]
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +60,15 @@ def pages(book) -> dict[Path, Page]:
     return {path: Page(path) for path in book.rglob("*.html") if "_static" not in path.parts}
 
 
+def entries(contents) -> list[dict]:
+    """The chapters of the contents, each followed by the sections under it."""
+    chapters = [chapter for part in contents["parts"] for chapter in part["chapters"]]
+    return [entry for chapter in chapters for entry in (chapter, *chapter.get("sections", []))]
+
+
 def test_every_chapter_of_the_contents_is_a_page(book):
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    chapters = [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
+    chapters = [contents["root"], *(entry["file"] for entry in entries(contents))]
     assert {path.stem for path in NOTEBOOKS} == {Path(chapter).name for chapter in chapters if chapter.startswith("notebooks/")}
     for chapter in chapters:
         assert (book / f"{chapter}.html").exists()
@@ -214,3 +222,72 @@ def test_a_table_of_ones_own_runs_through_the_chapter(tmp_path, paper):
     parameters = {"runs": str(path), "fit_on": None, "n_starts": 4, "candidates": ["12x3072", "24x2048/16h/4kv"]}
     pipeline.execute(ROOT / "notebooks/03_fitting_the_law.ipynb", tmp_path / "out.ipynb", parameters)
     assert (tmp_path / "out.ipynb").exists()
+
+
+def cells_of(path: Path) -> list[nbformat.NotebookNode]:
+    return nbformat.read(path, as_version=4).cells
+
+
+def solutions_of(chapter: Path) -> Path:
+    return chapter.with_name(f"{chapter.stem[:2]}_solutions.ipynb")
+
+
+def exercises(chapter: Path) -> dict[str, str]:
+    """The exercises of a chapter: number to title; each is a MyST admonition that states its minutes."""
+    (text,) = (cell.source for cell in cells_of(chapter) if cell.source.startswith("## Exercises"))
+    opened = re.findall(r"^:::\{admonition\}.*$", text, flags=re.MULTILINE)
+    found = [re.fullmatch(r":::\{admonition\} Exercise (\d\.\d): (.+) \((?:[\w -]+, )?\d+ minutes\)", line) for line in opened]
+    assert all(found), opened
+    assert len(opened) == len(re.findall(r"^:::$", text, flags=re.MULTILINE))
+    return {match[1]: match[2] for match in found if match}
+
+
+def sections(notebook: Path) -> dict[str, str]:
+    """The sections of a notebook: heading to the code under it."""
+    heading, code = "", {"": ""}
+    for cell in cells_of(notebook):
+        if cell.cell_type == "markdown":
+            for heading in re.findall(r"^## (.+)$", cell.source, flags=re.MULTILINE):
+                code[heading] = ""
+        else:
+            code[heading] += f"{cell.source}\n"
+    return code
+
+
+def test_every_chapter_has_solutions():
+    assert [path.stem[:2] for path in CHAPTERS] == [f"{number:02}" for number in range(1, 10)]
+    assert SOLVED == CHAPTERS
+
+
+@pytest.mark.parametrize("chapter", SOLVED, ids=lambda path: path.stem)
+def test_a_chapter_ends_in_exercises(chapter):
+    """Three to five, numbered, each with its time, in the last cell of prose, which links to the solutions."""
+    number = int(chapter.stem[:2])
+    found = exercises(chapter)
+    assert list(found) == [f"{number}.{k}" for k in range(1, len(found) + 1)]
+    assert 3 <= len(found) <= 5
+    last = [cell.source for cell in cells_of(chapter) if cell.cell_type == "markdown"][-1]
+    assert last.startswith("## Exercises") and f"{{doc}}`{solutions_of(chapter).stem}`" in last
+
+
+@pytest.mark.parametrize("chapter", SOLVED, ids=lambda path: path.stem)
+def test_every_exercise_is_solved_and_its_answer_checked(chapter):
+    """Under the same number and title, by an assert that runs with the section: to execute it is to test it."""
+    solved = sections(solutions_of(chapter))
+    assert [heading for heading in solved if heading.startswith("Exercise")] == [
+        f"Exercise {number}: {title}" for number, title in exercises(chapter).items()
+    ]
+    for heading, code in solved.items():
+        asserts = [node.test for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Assert)]
+        if heading.startswith("Exercise"):
+            assert asserts, heading
+        assert not any(isinstance(test, ast.Constant) for test in asserts), heading
+
+
+@pytest.mark.parametrize("chapter", SOLVED, ids=lambda path: path.stem)
+def test_solutions_stand_under_their_chapter(chapter):
+    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    entry = next(entry for entry in entries(contents) if entry["file"] == f"notebooks/{chapter.stem}")
+    assert entry["sections"] == [{"file": f"notebooks/{solutions_of(chapter).stem}"}]
+    title = cells_of(chapter)[0].source.partition("\n")[0].removeprefix("# ")
+    assert cells_of(solutions_of(chapter))[0].source.startswith(f"# Solutions: {title}\n")
