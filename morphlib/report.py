@@ -104,7 +104,7 @@ def _marks(axis: Axes) -> Iterator[tuple[Any, ...]]:
                 for (x, y), colour in zip(points, [None] * len(points) if values is None else np.asarray(values), strict=True):
                     yield series, "point", x, y, None, None, colour
             case LineCollection() if artist.get_transform() == own:
-                for segment in artist.get_segments():
+                for segment in filter(len, artist.get_segments()):  # that of a missing value is empty
                     yield series, "interval", *segment[0], *segment[-1], None
             case PolyCollection():
                 for path in artist.get_paths():

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
+from morphlib import selection
 from morphlib.latency import timing
 
 PAGES = sorted([*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "book").glob("*.md")])
@@ -223,7 +224,14 @@ def test_a_decimal_number_in_any_sentence_of_any_page_is_found(path, number, dat
     assert len(found) == 1 and number in found[0]
 
 
-def test_defaults_on_the_page_on_hardware_are_those_of_the_code():
-    page = " ".join(source(ROOT / "book/bring_your_own_hardware.md").split())
-    for text in (repr(timing.Stopping()), repr(timing.QUICK)):
-        assert f"`{text}`" in page
+@pytest.mark.parametrize(
+    ("page", "values"),
+    [
+        ("bring_your_own_hardware", [timing.Stopping(), timing.QUICK, timing.DISTURBED, timing.DISTURBED_ELSEWHERE]),
+        ("which_shape", [selection.CONTAIN]),
+    ],
+)
+def test_defaults_on_a_page_are_those_of_the_code(page, values):
+    words = " ".join(source(ROOT / f"book/{page}.md").split())
+    for value in values:
+        assert f"`{value!r}`" in words

@@ -148,6 +148,13 @@ def test_a_figure_carries_its_numbers():
     assert set(numbers["x_axis"].dropna()) == {"x"}
 
 
+def test_the_interval_of_a_missing_value_is_left_out():
+    drawing, axis = plt.subplots()
+    axis.errorbar([1, 2], [1, np.nan], yerr=[0.5, np.nan], fmt="o")
+    numbers = report.numbers_of(drawing)
+    assert numbers[numbers["mark"] == "interval"][["x", "y", "x_end", "y_end"]].to_numpy().tolist() == [[1, 0.5, 1, 1.5]]
+
+
 def test_a_figure_is_the_same_bytes_each_time():
     def draw():
         drawing, axis = plt.subplots()
