@@ -1,12 +1,13 @@
 import json
 import math
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from morphlib.errors import InputError
-from morphlib.latency import hardware
+from morphlib.latency import DATA, hardware
 from morphlib.latency.hardware import GPUS, Estimate
 
 
@@ -38,7 +39,7 @@ def test_datasheet_figures():
         "H200": (4800e9, 989.5e12, 141e9),
         "L40S": (864e9, 362.05e12, 48e9),
     }
-    assert set(figures) == set(GPUS)
+    assert set(figures) == set(GPUS) == set(pd.read_csv(DATA / "hardware.csv")["name"])
     for name, figure in figures.items():
         gpu = hardware.get(name)
         assert (gpu.memory_bandwidth_bytes_per_s.value, gpu.peak_flops_per_s.value, gpu.memory_bytes) == figure
