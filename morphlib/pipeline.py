@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,26 @@ def build_book(tree: Path, output: Path) -> None:
         raise InputError(f"the book in {tree} has warnings or errors, shown above; mend the pages they name")
     html = work / "_build" / "html"
     _prune_mathjax(html / "_static" / "mathjax")
+    for page in html.rglob("*.html"):
+        page.write_text(for_readers(page.read_text(encoding="utf-8")), encoding="utf-8")
     files.replace_folder(html, output)
     shutil.rmtree(work)
+
+
+def for_readers(page: str) -> str:
+    """A page without what Sphinx, its theme and its extensions write into it to no reader's use.
+
+    Fonts loaded ahead, which a browser refuses from disk (where they are used they load all the same); sphinx-thebe, which
+    fails and names another host; roles of docutils that ARIA has withdrawn.
+    """
+    return re.sub(
+        r'<link rel="preload" as="font"[^>]*>\s*'
+        r'|<script>const THEBE_JS_URL.*?</script>\s*|<script async="async" src="[^"]*sphinx-thebe\.js[^"]*"></script>\s*'
+        r'| role="doc-biblioentry"| role="list"(?= class="citation-list")',
+        "",
+        page,
+        flags=re.DOTALL,
+    )
 
 
 def _prune_mathjax(folder: Path) -> None:
@@ -160,6 +179,15 @@ def _prune_mathjax(folder: Path) -> None:
     for path in list(folder.rglob("*")):
         if path.is_file() and not any(path.is_relative_to(kept) for kept in keep):
             path.unlink()
+
+
+def zip_book(html: Path, output: Path) -> None:
+    """The pages in ``html`` as one archive, in a folder named as the archive; the same pages give the same bytes."""
+    with files.replacing(output) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for path in sorted(path for path in html.rglob("*") if path.is_file() and not path.name.startswith(".")):
+            entry = zipfile.ZipInfo(f"{output.stem}/{path.relative_to(html).as_posix()}")  # dated 1980, whenever it is made
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
 def run_snakemake(arguments: Sequence[str]) -> int:
@@ -185,7 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "YAML"))
     book = commands.add_parser("book", help="build the book from a tree of executed notebooks")
     publish = commands.add_parser("publish", help="copy built pages to where readers open them, whole or not at all")
-    for command, source in ((one, "notebook"), (book, "tree"), (publish, "pages")):
+    archive = commands.add_parser("zip", help="pack built pages into one file to hand on")
+    for command, source in ((one, "notebook"), (book, "tree"), (publish, "pages"), (archive, "pages")):
         command.add_argument(source, type=Path)
         command.add_argument("output", type=Path)
     parsed, others = parser.parse_known_args(arguments)
@@ -208,6 +237,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             copied = parsed.output.with_name(f"{parsed.output.name}.partial")
             shutil.copytree(parsed.pages, copied, dirs_exist_ok=True)
             files.replace_folder(copied, parsed.output)
+        elif parsed.command == "zip":
+            if not (parsed.pages / "index.html").exists():
+                raise InputError(f"{parsed.pages}: holds no book; call make book first")
+            zip_book(parsed.pages, parsed.output)
         else:
             build_book(parsed.tree, parsed.output)
     except InputError as error:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,18 +14,10 @@ import nbformat
 import pytest
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, chapters
 from morphlib import pipeline
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-@pytest.fixture(scope="session")
-def book() -> Path:
-    command = [sys.executable, "-m", "morphlib.pipeline", "snakemake", "--cores", "all", "--quiet", "--config", "preset=smoke"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return ROOT / "_build/smoke/html"
 
 
 class Page(HTMLParser):
@@ -59,10 +52,8 @@ def pages(book) -> dict[Path, Page]:
 
 
 def test_every_chapter_of_the_contents_is_a_page(book):
-    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    chapters = [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
-    assert {path.stem for path in NOTEBOOKS} == {Path(chapter).name for chapter in chapters if chapter.startswith("notebooks/")}
-    for chapter in chapters:
+    assert {path.stem for path in NOTEBOOKS} == {Path(name).name for name in chapters() if name.startswith("notebooks/")}
+    for chapter in chapters():
         assert (book / f"{chapter}.html").exists()
     assert (book / "index.html").exists()
 
@@ -74,6 +65,58 @@ def test_nothing_is_loaded_from_another_host(book, pages):
             assert (path.parent / unquote(urlsplit(address).path)).exists(), f"{path}: {address}"
     for sheet in book.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?https?:", sheet.read_text(encoding="utf-8")), sheet
+
+
+def test_the_book_is_small(book, pages):
+    megabytes = {path: path.stat().st_size / 1e6 for path in book.rglob("*") if path.is_file()}
+    assert sum(megabytes.values()) < 15
+    assert {path: size for path, size in megabytes.items() if path in pages and size >= 1.5} == {}
+
+
+def test_what_no_reader_has_use_for_is_left_out(book, pages):
+    for path in pages:
+        html = path.read_text(encoding="utf-8")
+        assert not re.search(r'unpkg|as="font"|role="doc-biblioentry"|role="list" class="citation', html, re.IGNORECASE), path
+
+
+@pytest.fixture(scope="session")
+def plain(book, tmp_path_factory) -> Path:
+    """The tree of the book, whose repository now has an address, built by Sphinx alone."""
+    tree, html = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("html")
+    shutil.copytree(book.with_name("tree"), tree, dirs_exist_ok=True)
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    (tree / "_config.yml").write_text(yaml.safe_dump(pipeline.book_configuration(config, "https://github.com/someone/book")))
+    programs = Path(sys.executable).parent
+    for command in (["jupyter-book", "config", "sphinx", tree], ["sphinx-build", "-q", "-n", "-W", "-b", "html", tree, html]):
+        done = subprocess.run([programs / command[0], *command[1:]], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return html
+
+
+def test_plain_sphinx_builds_the_same_pages(plain, book, pages):
+    for chapter in chapters():
+        texts = [(folder / f"{chapter}.html").read_text(encoding="utf-8") for folder in (book, plain)]
+        ours, theirs = (pipeline.for_readers(text).partition('<article class="bd-article"')[2] for text in texts)
+        assert ours.partition("</article>")[0] == theirs.partition("</article>")[0] != "", chapter
+    built = [{path.relative_to(folder) for path in folder.rglob("*.html")} for folder in (book, plain)]
+    assert built[0] == built[1]
+
+
+def test_buttons_lead_to_the_sources_once_the_repository_has_an_address(plain):
+    """On each notebook's page: its source to edit, to open in Colab and in Binder. Without an address there are none."""
+    for chapter in chapters():
+        links = Page(plain / f"{chapter}.html").links
+        edit = [link for link in links if "/edit/" in link]
+        assert edit == [f"https://github.com/someone/book/edit/main/{next(ROOT.glob(f'{chapter}.*')).relative_to(ROOT)}"]
+        launchers = ("colab.research.google.com", "mybinder.org")
+        launch = {host: link for link in links if (host := urlsplit(link).netloc) in launchers}
+        if chapter.startswith("notebooks/"):
+            assert launch == {
+                "colab.research.google.com": f"https://colab.research.google.com/github/someone/book/blob/main/{chapter}.ipynb",
+                "mybinder.org": f"https://mybinder.org/v2/gh/someone/book/main?urlpath=tree/{chapter}.ipynb",
+            }
+        else:
+            assert launch == {}
 
 
 def test_links_inside_the_book_lead_somewhere(pages):
