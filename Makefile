@@ -1,4 +1,5 @@
 # make book   the book, in _build/html
+# make zip    the book as one file to hand on, _build/morph-book-VERSION.zip
 # make test   lint, types, every notebook at the smoke preset, the book without warnings, all tests
 # make latency  calibrate this machine, time three small shapes on it, and draw them in the book's figures
 # make study  train what is left of the study of small models; TABLE=_build/own_runs.csv trains all of it into a table of your own
@@ -15,11 +16,15 @@ AFTER ?= _build/$(PRESET)/tree/notebooks
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: book test latency study notebook diff published lock clean
+.PHONY: book zip test latency study notebook diff published lock clean
 
 book: $(VENV)/installed
 	@python -m morphlib.pipeline snakemake publish --cores all --quiet rules --config preset=$(PRESET)
 	@echo "The book: $(CURDIR)/_build/html/index.html"
+
+zip: book
+	@file=_build/morph-book-$$(python -c 'import morphlib; print(morphlib.__version__)').zip && \
+	python -m morphlib.pipeline zip _build/html $$file && echo "The book as one file: $(CURDIR)/$$file"
 
 test: $(VENV)/installed
 	ruff check .

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,26 @@ def build_book(tree: Path, output: Path, only: str | None = None) -> None:
             (html / folder).mkdir(exist_ok=True)
             kept = {key: result[key] for key in ("notebook", "preset", "parameters", *kinds)}
             (html / folder / f"{name}.json").write_text(f"{files.to_json(kept, indent=1)}\n", encoding="utf-8")
+    for page in html.rglob("*.html"):
+        page.write_text(for_readers(page.read_text(encoding="utf-8")), encoding="utf-8")
     files.replace_folder(html, output)
     shutil.rmtree(work)
+
+
+def for_readers(page: str) -> str:
+    """A page without what Sphinx, its theme and its extensions write into it to no reader's use.
+
+    Fonts loaded ahead, which a browser refuses from disk (where they are used they load all the same); sphinx-thebe, which
+    fails and names another host; roles of docutils that ARIA has withdrawn.
+    """
+    return re.sub(
+        r'<link rel="preload" as="font"[^>]*>\s*'
+        r'|<script>const THEBE_JS_URL.*?</script>\s*|<script async="async" src="[^"]*sphinx-thebe\.js[^"]*"></script>\s*'
+        r'| role="doc-biblioentry"| role="list"(?= class="citation-list")',
+        "",
+        page,
+        flags=re.DOTALL,
+    )
 
 
 def _substitutions(tree: Path, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,6 +262,15 @@ def _prune_mathjax(folder: Path) -> None:
             path.unlink()
 
 
+def zip_book(html: Path, output: Path) -> None:
+    """The pages in ``html`` as one archive, in a folder named as the archive; the same pages give the same bytes."""
+    with files.replacing(output) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for path in sorted(path for path in html.rglob("*") if path.is_file() and not path.name.startswith(".")):
+            entry = zipfile.ZipInfo(f"{output.stem}/{path.relative_to(html).as_posix()}")  # dated 1980, whenever it is made
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+
+
 def run_snakemake(arguments: Sequence[str]) -> int:
     """Run Snakemake, one at a time in this folder.
 
@@ -307,7 +335,9 @@ def _parser() -> argparse.ArgumentParser:
     recorder = commands.add_parser("record", help="record the numbers of executed notebooks as the published ones")
     book = commands.add_parser("book", help="build the book from a tree of executed notebooks")
     publish = commands.add_parser("publish", help="copy built pages to where readers open them, whole or not at all")
-    for command, source in ((one, "notebook"), (book, "tree"), (publish, "pages"), (recorder, "notebooks")):
+    archive = commands.add_parser("zip", help="pack built pages into one file to hand on")
+    sources = ((one, "notebook"), (book, "tree"), (publish, "pages"), (archive, "pages"), (recorder, "notebooks"))
+    for command, source in sources:
         command.add_argument(source, type=Path)
         command.add_argument("output", type=Path)
     return parser
@@ -334,6 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             copied = parsed.output.with_name(f"{parsed.output.name}.partial")
             shutil.copytree(parsed.pages, copied, dirs_exist_ok=True)
             files.replace_folder(copied, parsed.output)
+        elif parsed.command == "zip":
+            if not (parsed.pages / "index.html").exists():
+                raise InputError(f"{parsed.pages}: holds no book; call make book first")
+            zip_book(parsed.pages, parsed.output)
         else:
             build_book(parsed.tree, parsed.output)
     except InputError as error:

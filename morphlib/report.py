@@ -131,7 +131,7 @@ def short_count(number: float) -> str:
 
 
 def table(data: pd.DataFrame, caption: str, formats: Mapping[str, str | Callable[[float], str]] | None = None) -> HTML:
-    """A table for the page, without the index. A missing value shows as a dash.
+    """A table for the page, without the index. A missing value shows as a dash; more than 8 rows can be sorted.
 
     ``formats`` gives a format (``"{:.2f}"`` or a function) by column; of columns with two levels, by the lower one.
     """
@@ -143,7 +143,7 @@ def table(data: pd.DataFrame, caption: str, formats: Mapping[str, str | Callable
         data.style.format(chosen, na_rep="–", escape="html")
         .hide(axis="index")
         .set_caption(escape(caption))
-        .set_table_attributes('class="table"')
+        .set_table_attributes(f'class="table{" sortable" if len(data) > 8 else ""}"')
         .set_table_styles(dict.fromkeys(texts, left))
         .set_uuid(hashlib.sha256(caption.encode()).hexdigest()[:8])
     )

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,20 +14,12 @@ import nbformat
 import pytest
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, chapters, entries
 from morphlib import claims, files, pipeline, results
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if not path.stem.endswith("_solutions")]
 SOLVED = [path for path in CHAPTERS if path.with_name(f"{path.stem[:2]}_solutions.ipynb").exists()]
-
-
-@pytest.fixture(scope="session")
-def book() -> Path:
-    command = [sys.executable, "-m", "morphlib.pipeline", "snakemake", "--cores", "all", "--quiet", "--config", "preset=smoke"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return ROOT / "_build/smoke/html"
 
 
 class Page(HTMLParser):
@@ -60,17 +53,9 @@ def pages(book) -> dict[Path, Page]:
     return {path: Page(path) for path in book.rglob("*.html") if "_static" not in path.parts}
 
 
-def entries(contents) -> list[dict]:
-    """The chapters of the contents, each followed by the sections under it."""
-    chapters = [chapter for part in contents["parts"] for chapter in part["chapters"]]
-    return [entry for chapter in chapters for entry in (chapter, *chapter.get("sections", []))]
-
-
 def test_every_chapter_of_the_contents_is_a_page(book):
-    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    chapters = [contents["root"], *(entry["file"] for entry in entries(contents))]
-    assert {path.stem for path in NOTEBOOKS} == {Path(chapter).name for chapter in chapters if chapter.startswith("notebooks/")}
-    for chapter in chapters:
+    assert {path.stem for path in NOTEBOOKS} == {Path(name).name for name in chapters() if name.startswith("notebooks/")}
+    for chapter in chapters():
         assert (book / f"{chapter}.html").exists()
     assert (book / "index.html").exists()
 
@@ -82,6 +67,58 @@ def test_nothing_is_loaded_from_another_host(book, pages):
             assert (path.parent / unquote(urlsplit(address).path)).exists(), f"{path}: {address}"
     for sheet in book.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?https?:", sheet.read_text(encoding="utf-8")), sheet
+
+
+def test_the_book_is_small(book, pages):
+    megabytes = {path: path.stat().st_size / 1e6 for path in book.rglob("*") if path.is_file()}
+    assert sum(megabytes.values()) < 15
+    assert {path: size for path, size in megabytes.items() if path in pages and size >= 1.5} == {}
+
+
+def test_what_no_reader_has_use_for_is_left_out(book, pages):
+    for path in pages:
+        html = path.read_text(encoding="utf-8")
+        assert not re.search(r'unpkg|as="font"|role="doc-biblioentry"|role="list" class="citation', html, re.IGNORECASE), path
+
+
+@pytest.fixture(scope="session")
+def plain(book, tmp_path_factory) -> Path:
+    """The tree of the book, whose repository now has an address, built by Sphinx alone."""
+    tree, html = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("html")
+    shutil.copytree(book.with_name("tree"), tree, dirs_exist_ok=True)
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    (tree / "_config.yml").write_text(yaml.safe_dump(pipeline.book_configuration(config, "https://github.com/someone/book")))
+    programs = Path(sys.executable).parent
+    for command in (["jupyter-book", "config", "sphinx", tree], ["sphinx-build", "-q", "-n", "-W", "-b", "html", tree, html]):
+        done = subprocess.run([programs / command[0], *command[1:]], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return html
+
+
+def test_plain_sphinx_builds_the_same_pages(plain, book, pages):
+    for chapter in chapters():
+        texts = [(folder / f"{chapter}.html").read_text(encoding="utf-8") for folder in (book, plain)]
+        ours, theirs = (pipeline.for_readers(text).partition('<article class="bd-article"')[2] for text in texts)
+        assert ours.partition("</article>")[0] == theirs.partition("</article>")[0] != "", chapter
+    built = [{path.relative_to(folder) for path in folder.rglob("*.html")} for folder in (book, plain)]
+    assert built[0] == built[1]
+
+
+def test_buttons_lead_to_the_sources_once_the_repository_has_an_address(plain):
+    """On each notebook's page: its source to edit, to open in Colab and in Binder. Without an address there are none."""
+    for chapter in chapters():
+        links = Page(plain / f"{chapter}.html").links
+        edit = [link for link in links if "/edit/" in link]
+        assert edit == [f"https://github.com/someone/book/edit/main/{next(ROOT.glob(f'{chapter}.*')).relative_to(ROOT)}"]
+        launchers = ("colab.research.google.com", "mybinder.org")
+        launch = {host: link for link in links if (host := urlsplit(link).netloc) in launchers}
+        if chapter.startswith("notebooks/"):
+            assert launch == {
+                "colab.research.google.com": f"https://colab.research.google.com/github/someone/book/blob/main/{chapter}.ipynb",
+                "mybinder.org": f"https://mybinder.org/v2/gh/someone/book/main?urlpath=tree/{chapter}.ipynb",
+            }
+        else:
+            assert launch == {}
 
 
 def test_links_inside_the_book_lead_somewhere(pages):
@@ -286,8 +323,7 @@ def test_every_exercise_is_solved_and_its_answer_checked(chapter):
 
 @pytest.mark.parametrize("chapter", SOLVED, ids=lambda path: path.stem)
 def test_solutions_stand_under_their_chapter(chapter):
-    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    entry = next(entry for entry in entries(contents) if entry["file"] == f"notebooks/{chapter.stem}")
+    entry = next(entry for entry in entries() if entry["file"] == f"notebooks/{chapter.stem}")
     assert entry["sections"] == [{"file": f"notebooks/{solutions_of(chapter).stem}"}]
     title = cells_of(chapter)[0].source.partition("\n")[0].removeprefix("# ")
     assert cells_of(solutions_of(chapter))[0].source.startswith(f"# Solutions: {title}\n")

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+import zipfile
+
 import nbformat
 import pytest
 import yaml
@@ -113,6 +118,7 @@ def test_presets_that_are_none_say_so(tmp_path, text):
         ["execute", "notebooks/03_fitting_the_law.ipynb", "out.ipynb", "-p", "exponent", "free"],
         ["execute", "notebooks/99_nowhere.ipynb", "out.ipynb"],
         ["execute", "README.md", "out.ipynb"],
+        ["zip", "notebooks", "out.zip"],
     ],
 )
 def test_wrong_use_of_the_command_is_exit_code_2_and_one_line(monkeypatch, capsys, arguments):
@@ -146,6 +152,25 @@ def test_a_folder_is_replaced_whole(tmp_path):
         files.replace_folder(tmp_path / "new", tmp_path / "at" / "place")
         assert [path.name for path in (tmp_path / "at").rglob("*")] == ["place", name]
     assert not (tmp_path / "new").exists()
+
+
+def test_the_same_pages_give_the_same_archive(tmp_path):
+    archives = []
+    for number, names in enumerate((("index.html", "b/c.html"), ("b/c.html", "index.html"))):  # another order, another time
+        html = tmp_path / str(number) / "html"
+        (html / "b").mkdir(parents=True)
+        for name in names:
+            (html / name).write_text(f"<p>{name}</p>")
+            os.utime(html / name, (1e9 + number, 1e9 + number))
+        (html / ".buildinfo").touch()
+        assert pipeline.main(["zip", str(html), str(tmp_path / str(number) / "book-1.zip")]) == 0
+        archives.append(tmp_path / str(number) / "book-1.zip")
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", archives[0], tmp_path / "out"], check=True)
+    assert sorted(path.name for path in (tmp_path / "out/book-1").rglob("*")) == ["b", "c.html", "index.html"]
+    assert (tmp_path / "out/book-1/b/c.html").read_text() == "<p>b/c.html</p>"
+    with zipfile.ZipFile(archives[0]) as archive:
+        assert {entry.external_attr >> 16 for entry in archive.infolist()} == {0o644}  # else unzip makes files nobody may read
 
 
 def test_a_second_build_in_the_same_folder_is_refused(monkeypatch, tmp_path):

@@ -41,6 +41,25 @@ def test_conda_users_get_the_same():
     assert {"pip": ["-r requirements.lock"]} in environment["dependencies"]
 
 
+def test_binder_gets_the_same_with_the_cpu_build_of_torch():
+    folder = ROOT / ".binder"
+    lines = [line for line in (folder / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines == ["--extra-index-url https://download.pytorch.org/whl/cpu", "-r ../requirements.lock"]
+    assert (folder / lines[1].removeprefix("-r ")).resolve() == ROOT / "requirements.lock"
+    assert (folder / "runtime.txt").read_text().strip() == PROJECT["requires-python"].replace(">=", "python-")
+    assert (folder / "postBuild").stat().st_mode & 0o111
+    install = (folder / "postBuild").read_text().splitlines()[-1]
+    assert install.removeprefix("pip ") in (ROOT / "Makefile").read_text()
+
+
+def test_the_release_is_what_make_zip_makes():
+    made = re.search(r"(_build/morph-book)-\$\$\(.*__version__.*\)(\.zip)", (ROOT / "Makefile").read_text())
+    steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["release"]["steps"]
+    upload = steps[-1]["run"]
+    assert {"run": "make zip"} in steps
+    assert f'"{made[1]}-${{GITHUB_REF_NAME#v}}{made[2]}"' in upload
+
+
 def test_open_lm_comes_from_a_pinned_commit_and_only_for_the_paper():
     assert len(EXTRAS["paper"]) == 1
     assert re.fullmatch(r"open_lm @ git\+https://github\.com/mlfoundations/open_lm@[0-9a-f]{40}", EXTRAS["paper"][0])
