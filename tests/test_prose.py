@@ -40,15 +40,19 @@ ALLOWED = {
     r"CR3|HC3|SHA-256": "a method, by its name",
     r"arXiv \d{4}\.\d{5}": "a paper, by its number",
     r"(?:CC BY(?:-SA)?|AFL) [34]\.0|Apache-2\.0|BSD-[23]-Clause|GPL-3\.0-or-later": "a licence, by its name",
-    r"Jupyter Book [12](?:\.x)?|Sphinx below 8|\d+\.\d+\.\d+": "a program, by its version",
+    r"[Ww]eeks? \d(?:(?:,|\sand)\s\d)*": "a week of the course, by its number",
+    r"Python 3\.\d+|Jupyter Book [12](?:\.x)?|Sphinx below 8|\d+\.\d+\.\d+": "a program, by its version",
 }
 
-# Tables of book/ that another test holds to a file, by their head.
+# Tables of book/ that another test holds to a file, or that are a plan of their own, by their head.
 HELD = {
     "| task | items | chance | metric | unlike llm-foundry |": "tests/test_scores.py, to eval_tasks.csv",
     "| task | data | licence |": "tests/test_scores.py, to eval_tasks.csv",
     "| model | mean of the eleven | as printed |": "tests/test_scores.py, to eval_baselines.csv",
     "| name | package | MB | documents | SHA-256 of the wheel |": "tests/test_corpus.py, to text_sources.csv",
+    "| week | topic | pages to read | notebook | exercises | to measure at home |": "the plan of the course",
+    "| points | for |": "the plan of the course",
+    "| week | reading | exercises | commands at home, mostly waiting |": "the plan of the course",
 }
 
 # Directives of which the title and the content are prose.
@@ -79,23 +83,24 @@ SCALES = {" million": 1e6, " billion": 1e9, " ms": 1e-3, " %": 1e-2}
 def without_fences(text: str) -> str:
     """The text less code and directives; of a directive that holds prose, the title and the content stay.
 
-    A line of an exercise is marked.
+    A line of an exercise or of its solution is marked.
     """
     kept: list[str] = []
     fences: list[tuple[str, bool]] = []
-    exercise = False
+    exercise = solution = False
     for line in text.splitlines():
         fence = re.match(r"\s*(`{3,}|~{3,}|:{3,})(?:\{([\w:-]+)\})?(.*)", line)
         in_prose = all(is_prose for _, is_prose in fences)
+        solution = solution or line.startswith("## Exercise ")
         if fences and re.fullmatch(rf"\s*{fences[-1][0]}\s*", line):
             fences.pop()
             exercise = exercise and bool(fences)
         elif fence and in_prose:
             fences.append((fence[1], (fence[2] or "").startswith(PROSE_DIRECTIVES)))
             exercise = exercise or fence[3].startswith(" Exercise ")
-            kept.append(fence[3] if fences[-1][1] else "")
+            kept.append(f"{TASK if exercise else ''}{fence[3]}" if fences[-1][1] else "")
         elif in_prose and not (fences and re.match(r"\s*:[\w-]+:", line)):
-            kept.append(f"{TASK}{line}" if exercise else line)
+            kept.append(f"{TASK}{line}" if exercise or solution else line)
     return "\n".join(kept)
 
 
