@@ -3,7 +3,9 @@
 The finder takes out what is no prose, then what stands in the list of names below, and reports every digit that is left.
 """
 
+import ast
 import re
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -38,15 +40,19 @@ ALLOWED = {
     r"CR3|HC3|SHA-256": "a method, by its name",
     r"arXiv \d{4}\.\d{5}": "a paper, by its number",
     r"(?:CC BY(?:-SA)?|AFL) [34]\.0|Apache-2\.0|BSD-[23]-Clause|GPL-3\.0-or-later": "a licence, by its name",
-    r"Jupyter Book [12](?:\.x)?|Sphinx below 8|\d+\.\d+\.\d+": "a program, by its version",
+    r"[Ww]eeks? \d(?:(?:,|\sand)\s\d)*": "a week of the course, by its number",
+    r"Python 3\.\d+|Jupyter Book [12](?:\.x)?|Sphinx below 8|\d+\.\d+\.\d+": "a program, by its version",
 }
 
-# Tables of book/ that another test holds to a file, by their head.
+# Tables of book/ that another test holds to a file, or that are a plan of their own, by their head.
 HELD = {
     "| task | items | chance | metric | unlike llm-foundry |": "tests/test_scores.py, to eval_tasks.csv",
     "| task | data | licence |": "tests/test_scores.py, to eval_tasks.csv",
     "| model | mean of the eleven | as printed |": "tests/test_scores.py, to eval_baselines.csv",
     "| name | package | MB | documents | SHA-256 of the wheel |": "tests/test_corpus.py, to text_sources.csv",
+    "| week | topic | pages to read | notebook | exercises | to measure at home |": "the plan of the course",
+    "| points | for |": "the plan of the course",
+    "| week | reading | exercises | commands at home, mostly waiting |": "the plan of the course",
 }
 
 # Directives of which the title and the content are prose.
@@ -70,20 +76,31 @@ NO_PROSE = {
 }
 
 
+TASK = "¶"  # before each line of an exercise
+SCALES = {" million": 1e6, " billion": 1e9, " ms": 1e-3, " %": 1e-2}
+
+
 def without_fences(text: str) -> str:
-    """The text less code and directives; of a directive that holds prose, the title and the content stay."""
+    """The text less code and directives; of a directive that holds prose, the title and the content stay.
+
+    A line of an exercise or of its solution is marked.
+    """
     kept: list[str] = []
     fences: list[tuple[str, bool]] = []
+    exercise = solution = False
     for line in text.splitlines():
         fence = re.match(r"\s*(`{3,}|~{3,}|:{3,})(?:\{([\w:-]+)\})?(.*)", line)
         in_prose = all(is_prose for _, is_prose in fences)
+        solution = solution or line.startswith("## Exercise ")
         if fences and re.fullmatch(rf"\s*{fences[-1][0]}\s*", line):
             fences.pop()
+            exercise = exercise and bool(fences)
         elif fence and in_prose:
             fences.append((fence[1], (fence[2] or "").startswith(PROSE_DIRECTIVES)))
-            kept.append(fence[3] if fences[-1][1] else "")
+            exercise = exercise or fence[3].startswith(" Exercise ")
+            kept.append(f"{TASK if exercise else ''}{fence[3]}" if fences[-1][1] else "")
         elif in_prose and not (fences and re.match(r"\s*:[\w-]+:", line)):
-            kept.append(line)
+            kept.append(f"{TASK}{line}" if exercise or solution else line)
     return "\n".join(kept)
 
 
@@ -114,10 +131,27 @@ def names(patterns: tuple[str, ...] = tuple(ALLOWED)) -> re.Pattern[str]:
     return re.compile("|".join(rf"(?<![\w.,/-])(?:{pattern})(?!\w|[.,/]\d)" for pattern in patterns))
 
 
-def typed_numbers(text: str, allowed: tuple[str, ...] = tuple(ALLOWED)) -> list[str]:
-    """Every number that nothing allows, with the words around it."""
+def typed_numbers(text: str, allowed: tuple[str, ...] = tuple(ALLOWED), givens: Collection[float] = ()) -> list[str]:
+    """Every number that nothing allows, with the words around it. In an exercise, a number of ``givens`` may stand."""
     words = names(allowed).sub(lambda match: re.sub(r"\d", "·", match[0]), prose(text))
-    return [" ".join(words[max(0, m.start() - 40) : m.end() + 30].split()) for m in re.finditer(r"\d[\d.,]*", words)]
+    found = []
+    for match in re.finditer(r"(\d+(?:[.,]\d+)*)( million| billion| ms| %)?", words):
+        value = float(match[1].replace(",", ""))
+        in_exercise = words.rfind(TASK, words.rfind("\n", 0, match.start()) + 1, match.start()) >= 0
+        if not (in_exercise and {value, value * SCALES.get(match[2], 1.0)} & set(givens)):
+            found.append(" ".join(words[max(0, match.start() - 40) : match.end() + 30].split()))
+    return found
+
+
+@cache
+def given_in(path: Path) -> frozenset[float]:
+    """The numbers in the code of the solutions to a chapter: what its exercises may give."""
+    solutions = path.with_name(f"{path.stem[:2]}_solutions.ipynb")
+    if not solutions.exists():
+        return frozenset()
+    code = [cell.source for cell in nbformat.read(solutions, as_version=4).cells if cell.cell_type == "code"]
+    constants = [node.value for text in code for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    return frozenset(float(value) for value in constants if isinstance(value, int | float))
 
 
 @cache
@@ -130,7 +164,7 @@ def source(path: Path) -> str:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_no_number_is_typed(path):
-    assert typed_numbers(source(path)) == []
+    assert typed_numbers(source(path), givens=given_in(path)) == []
 
 
 @pytest.mark.parametrize("pattern", ALLOWED)
@@ -201,6 +235,13 @@ def test_what_is_not_typed_is_not_found(text):
     assert typed_numbers(text) == []
 
 
+def test_a_given_of_an_exercise_may_stand_there_and_nowhere_else():
+    exercise = ":::{admonition} Exercise 3.1: Two loops (30 minutes)\nYou have 1.2 billion parameters and 7 %.\n:::\n"
+    assert len(typed_numbers(exercise)) == 2
+    assert typed_numbers(exercise, givens={1.2e9, 0.07}) == []
+    assert len(typed_numbers(f"{exercise}\nThere are 1.2 billion.\n", givens={1.2e9, 0.07})) == 1
+
+
 @cache
 def sentences(path: Path) -> list[int]:
     """Where in a page an ordinary line has a word: before it, a number could be put."""
@@ -220,7 +261,7 @@ DECIMALS = st.from_regex(r"[0-9]{1,4}\.[0-9]{1,4}", fullmatch=True)
 def test_a_decimal_number_in_any_sentence_of_any_page_is_found(path, number, data):
     place = data.draw(st.sampled_from(sentences(path)))
     text = source(path)
-    found = typed_numbers(f"{text[:place]}{number} {text[place:]}")
+    found = typed_numbers(f"{text[:place]}{number} {text[place:]}", givens=given_in(path) - {float(number)})
     assert len(found) == 1 and number in found[0]
 
 
