@@ -111,3 +111,11 @@ def test_laws_and_engines_are_in_the_tables_of_the_book():
     }.items():
         text = (ROOT / f"book/{page}.md").read_text()
         assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_contributing_names_tests_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"\b(test_\w+)`", text)
+    assert len(named) > 10
+    assert [name for name in named if f"def {name}(" not in tests] == []
