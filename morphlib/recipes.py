@@ -157,16 +157,14 @@ def write_open_lm_launch(folder: Path, shape: Shape, tokens: int, given: Mapping
         "qk_norm": recipe.qk_norm,
     }
     numbers = {"tokens": tokens, "steps": tokens // recipe.step_tokens, "step_tokens": recipe.step_tokens}
-    told: dict[str, Any] = (
-        asdict(recipe) | numbers | {"shape": shape, "gpus": gpus, "chunks": chunks, "chunk_tokens": tokens // chunks}
-    )
-    told |= {"final_rate": recipe.learning_rate * recipe.final_share, "name": shlex.quote(folder.resolve().name)}
-    told["precision"] = "amp_bfloat16" if recipe.dtype == "bf16" else "fp32"
-    told["flags"] = "--fsdp \\\n  --grad-checkpointing" if recipe.gradient_checkpointing else "--fsdp"
+    filled = {**given, **asdict(recipe), **numbers, "shape": shape, "gpus": gpus, "chunks": chunks}
+    filled |= {"chunk_tokens": tokens // chunks, "final_rate": recipe.learning_rate * recipe.final_share}
+    filled |= {"name": shlex.quote(folder.resolve().name), "precision": "amp_bfloat16" if recipe.dtype == "bf16" else "fp32"}
+    filled["flags"] = "--fsdp \\\n  --grad-checkpointing" if recipe.gradient_checkpointing else "--fsdp"
     texts = {"model.json": json.dumps(model, indent=2) + "\n"}
     for name in ("prepare_data.sh", "train.sh"):  # with one worker, since each takes whole shards by itself
         template = resources.files("morphlib").joinpath("data/open_lm", name).read_text(encoding="utf-8")
-        texts[name] = template.format(**{**given, **told})
+        texts[name] = template.format(**filled)
     for name, text in texts.items():
         with files.replacing(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")

@@ -36,8 +36,6 @@ OPEN_LM_NORMS: dict[str, Norm] = {
     "rms_norm": "rms_norm",
 }
 
-AttentionKind = Literal["MHA", "GQA", "MQA"]
-
 Bits = Literal[4, 8, 16, 32]
 BITS: tuple[Bits, ...] = get_args(Bits)
 
@@ -278,13 +276,6 @@ class Shape(_Counted[int]):
     @property
     def head_size(self) -> int:
         return self.d_model // self.n_heads
-
-    @property
-    def attention_kind(self) -> AttentionKind:
-        """Multi-head, grouped-query or multi-query attention (Ainslie et al., arXiv 2305.13245, section 2.2)."""
-        if self.n_kv_heads == self.n_heads:
-            return "MHA"
-        return "MQA" if self.n_kv_heads == 1 else "GQA"
 
 
 def open_lm_configuration(path: Path) -> dict[str, Any]:
