@@ -389,7 +389,8 @@ def _parser() -> argparse.ArgumentParser:
         for part in one.get("shared", ()):
             add(shared[part], command)
         add(one.get("options", {}), command)
-        add(one.get("either", {}), command.add_mutually_exclusive_group())
+        if "either" in one:
+            add(one["either"], command.add_mutually_exclusive_group())
         for title, options in one.get("groups", {}).items():
             add(options, command.add_argument_group(title))
         command.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,8 @@ from conftest import ROOT
 from morphlib import cli, diagnostics, fitting, laws, recipes, shapes
 from morphlib.latency import engines, models
 from test_runs import FAULTS, REQUIRED, written
+
+COMMANDS = tomllib.loads((ROOT / "morphlib/data/commands.toml").read_text())
 
 
 def morph(capsys, *arguments):
@@ -256,11 +259,17 @@ def test_importing_and_fitting_load_nothing_heavy():
     assert done.stdout.split("\n")[0] == "[] []"
 
 
+@pytest.mark.parametrize("name", ["", *(name for name in COMMANDS if name not in ("texts", "shared"))])
+def test_every_command_has_help(capsys, name):
+    code, out, err = morph(capsys, *name.split(), "--help")
+    assert (code, err) == (0, "") and out.startswith(f"usage: {' '.join(['morph', *name.split()])} ")
+    assert not re.search(r"\{(laws|shapes|gpus|home|columns)\}", out)
+
+
 def test_options_offer_the_choices_that_the_package_has():
-    commands = tomllib.loads((ROOT / "morphlib/data/commands.toml").read_text())
     parts = [
-        *commands["shared"].values(),
-        *(part for one in commands.values() for part in (one.get("options", {}), *one.get("groups", {}).values())),
+        *COMMANDS["shared"].values(),
+        *(part for one in COMMANDS.values() for part in (one.get("options", {}), *one.get("groups", {}).values())),
     ]
     offered = {}
     for part in parts:
