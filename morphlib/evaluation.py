@@ -13,7 +13,6 @@ import logging
 import platform
 import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -24,6 +23,7 @@ from typing import Any
 
 import lm_eval.tasks
 import numpy as np
+import pandas as pd
 import torch
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import CacheHook
@@ -91,11 +91,9 @@ def _item(name: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _interleaved(items: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     """The items with those of each category in turn, so that the first ones of a limited run are of all."""
-    place, seen = {}, Counter[str]()
-    for i, item in enumerate(items):
-        place[i] = seen[item[key]]
-        seen[item[key]] += 1
-    return [items[i] for i in sorted(place, key=lambda i: (place[i], i))]
+    categories = pd.Series([item[key] for item in items])
+    turns = categories.groupby(categories).cumcount().sort_values(kind="stable")
+    return [items[i] for i in turns.index]
 
 
 def _write_tasks(folder: Path, items: Mapping[str, Iterable[Mapping[str, Any]]]) -> Path:
