@@ -2,15 +2,20 @@
 # make test   lint, types, every notebook at the smoke preset, the book without warnings, all tests
 # make latency  calibrate this machine, time three small shapes on it, and draw them in the book's figures
 # make study  train what is left of the study of small models; TABLE=_build/own_runs.csv trains all of it into a table of your own
+# make notebook NB=03 P="exponents=free"  one notebook with parameters of your own, and its page, under _build/own
+# make diff   what changed between the published numbers and those just computed, and which verdicts moved
+# make published  record the numbers just computed as the published ones; they are committed with the change that moved them
 # They install what they need into .venv first. PYTHON and PRESET can be set: make book PRESET=smoke.
 
 PYTHON ?= python3
 PRESET ?= laptop
 TABLE ?= morphlib/data/small_runs.csv
+BEFORE ?= morphlib/data/published.json
+AFTER ?= _build/$(PRESET)/tree/notebooks
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: book test latency study lock clean
+.PHONY: book test latency study notebook diff published lock clean
 
 book: $(VENV)/installed
 	@python -m morphlib.pipeline snakemake publish --cores all --quiet rules --config preset=$(PRESET)
@@ -31,6 +36,16 @@ latency: $(VENV)/installed
 
 study: $(VENV)/installed
 	@python -m morphlib.pipeline snakemake study --cores all --keep-going --config table=$(TABLE)
+
+# P reaches the shell as it was given: make exports what stands on its command line
+notebook: $(VENV)/installed
+	@python -m morphlib.pipeline notebook "$(NB)" --preset $(PRESET) --parameters "$$P"
+
+diff: $(VENV)/installed
+	@python -m morphlib.pipeline diff $(BEFORE) $(AFTER)
+
+published: $(VENV)/installed
+	@python -m morphlib.pipeline record _build/laptop/tree/notebooks morphlib/data/published.json
 
 # The stamp is written last, so that an interrupted installation is taken up again.
 $(VENV)/installed: requirements.lock pyproject.toml

@@ -13,8 +13,10 @@ from morphlib import files, pipeline
 PRESETS = pipeline.read_presets(Path("notebooks/presets.yml"))
 PRESET = config.get("preset", "laptop")
 NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
-CODE = sorted(str(path) for path in Path("morphlib").rglob("*") if path.suffix in (".py", ".mplstyle"))
-DATA = sorted(str(path) for path in Path("morphlib/data").rglob("*") if path.is_file() and not path.name.startswith("."))
+PAGES_ONLY = ("claims.py", "tables.py", "columns.csv", "tables.csv")  # the pages need them, no notebook does
+PACKAGE = sorted(path for path in Path("morphlib").rglob("*") if path.is_file() and path.name not in PAGES_ONLY)
+CODE = [str(path) for path in PACKAGE if path.suffix in (".py", ".mplstyle", ".toml")]
+DATA = [str(path) for path in PACKAGE if path.is_relative_to("morphlib/data") and not path.name.startswith(".")]
 TIMING = ("01_latency_motivation", "02_latency_and_shape", "09_morph1b_evaluation")  # they measure, and must be alone on the machine
 OWN_ROWS = Path("_build/own_latency.csv")  # what `make latency` measured
 
@@ -71,6 +73,7 @@ rule html:
         "_config.yml",
         "_toc.yml",
         "pyproject.toml",
+        [str(path) for path in Path("morphlib").rglob("*") if path.name in PAGES_ONLY],
         sorted(str(path) for path in Path("book").rglob("*") if path.is_file()),
         expand("_build/{{preset}}/tree/notebooks/{notebook}.ipynb", notebook=NOTEBOOKS),
     output:

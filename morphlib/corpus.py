@@ -43,7 +43,7 @@ from morphlib import files
 from morphlib.errors import InputError
 from morphlib.shapes import GPT_NEOX_VOCABULARY
 
-Source = Mapping[str, str]  # a row of text_sources.csv, whose columns morphlib/data/README.md explains
+Source = Mapping[str, str]  # a row of text_sources.csv, whose columns data/columns.csv explains
 Progress = Callable[[str], None]
 
 BYTE_VOCABULARY = 257  # the bytes and the end of a document

@@ -38,7 +38,7 @@ class Metrics:
     """Errors of predicted losses (nats per token). NaN where there are too few rows to say.
 
     ``r2`` is 1 - SSE / SST around the mean of the rows; ``mape`` the mean of
-    |predicted - measured| / measured, in percent.
+    abs(predicted - measured) / measured, in percent.
     """
 
     n: int
@@ -74,7 +74,7 @@ def metrics_by_use(table: pd.DataFrame, fit: Fit) -> dict[str, Metrics]:
 
 
 def relative_error_pct(measured: Array, predicted: Array) -> Array:
-    """|predicted - measured| / measured in percent, shape (n,) (paper's error of the 1B models)."""
+    """abs(predicted - measured) / measured in percent, shape (n,) (paper's error of the 1B models)."""
     return 100 * np.abs(predicted - measured) / measured
 
 
@@ -101,7 +101,7 @@ class Verdict(NamedTuple):
 
     ``correlations`` holds those of the logarithms of two variables over the rows, ``undetermined``
     the parameters whose standard error exceeds their value (for a location such as ln R0: the range
-    of its variable) or that are at a bound, ``confounded`` pairs with |correlation| above 0.99.
+    of its variable) or that are at a bound, ``confounded`` pairs with a correlation beyond 0.99 of either sign.
     """
 
     identified: bool

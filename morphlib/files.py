@@ -35,9 +35,9 @@ def commit() -> str:
     return f"morphlib {__version__}"
 
 
-def to_json(value: Any) -> str:
+def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text. It has no NaN and no infinity; what cannot be said is null."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=indent)
 
 
 @contextmanager

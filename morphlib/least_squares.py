@@ -76,14 +76,14 @@ class Status(Enum):
 class Minimum:
     """Where a search ended. Arrays are read-only.
 
-    values           (p,), in the units of the start
-    covariance       (p, p), s^2 (J'J)^-1 with s^2 = sse / (n - p), n the rows of positive weight. It assumes
-                     independent rows, noise of one size over the root of the weight, and the model to be
-                     right. NaN where n = p or J is singular.
-    standard_errors  (p,), the root of its diagonal
-    cost             what was minimized: the sum of weight times rho(residual)
-    sse              the sum of squares at the final weights, those of Huber's loss included
-    n_iterations     steps tried
+    - ``values``: shape (p,), in the units of the start
+    - ``covariance``: shape (p, p), s^2 (J'J)^-1 with s^2 = sse / (n - p), n the rows of positive weight. It assumes
+      independent rows, noise of one size over the root of the weight, and the model to be right. NaN where n = p or
+      J is singular.
+    - ``standard_errors``: shape (p,), the root of its diagonal
+    - ``cost``: what was minimized, the sum of weight times rho(residual)
+    - ``sse``: the sum of squares at the final weights, those of Huber's loss included
+    - ``n_iterations``: steps tried
     """
 
     values: Array
@@ -112,7 +112,7 @@ def minimize(
     """The values, near ``start`` of shape (p,), with the least sum of weight times rho(residual) over n rows.
 
     ``residuals`` maps values (p,) to (n,), and ``jacobian`` to their derivatives (n, p). rho(r) is Huber's loss, r^2
-    up to the scale s = ``huber_scale`` and 2 s |r| - s^2 beyond, in the units of the residuals; without a scale, r^2.
+    up to the scale s = ``huber_scale`` and 2 s abs(r) - s^2 beyond, in the units of the residuals; without a scale, r^2.
     ``weights``, shape (n,), of at least zero, are one by default. The search has converged when the relative offset
     is at most ``TOLERANCE``.
 

@@ -44,7 +44,7 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")  # of FSDP, of to
 class OpenLMConfig(PreTrainedConfig):
     """The sizes of an Open-LM decoder under the names of transformers; `of` makes one from a `Shape`.
 
-    ``norm`` is one of `morphlib.shapes.Norm`; ``qk_norm`` norms queries and keys, over their whole width.
+    ``norm`` is a ``Norm`` of `morphlib.shapes`; ``qk_norm`` norms queries and keys, over their whole width.
     """
 
     model_type = "open_lm"

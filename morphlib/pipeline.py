@@ -9,6 +9,7 @@ import argparse
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from morphlib import files
+from morphlib import claims, files, results, tables
 from morphlib.errors import InputError
 
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
@@ -132,26 +133,106 @@ def book_configuration(config: Mapping[str, Any], url: str | None) -> dict[str, 
     }
 
 
-def build_book(tree: Path, output: Path) -> None:
+def build_book(tree: Path, output: Path, only: str | None = None) -> None:
     """Build the book in ``tree``, where the executed notebooks lie; ``output`` appears only when it is whole.
 
-    Every page is built anew, nitpicking on, and a warning is an error.
+    Every page is built anew, nitpicking on, and a warning is an error. What pages say of several notebooks is made from the
+    results in them: numbers, named figures and the ledger of claims. The results lie beside the pages, those that were
+    measured live in a folder of their own. With ``only`` the page of that one notebook is built, whose links to other pages
+    lead nowhere.
     """
+    found = results.read(tree / "notebooks")
     shutil.rmtree(tree / "book", ignore_errors=True)
     shutil.copytree("book", tree / "book")
-    shutil.copy("_toc.yml", tree / "_toc.yml")
     config = yaml.safe_load(Path("_config.yml").read_text(encoding="utf-8"))
     config = book_configuration(config, repository_url(Path("pyproject.toml")))
+    if only is None:
+        shutil.copy("_toc.yml", tree / "_toc.yml")
+        config["parse"] = config.get("parse", {}) | {"myst_substitutions": _substitutions(tree, found)}
+    else:
+        (tree / "_toc.yml").write_text(f"format: jb-book\nroot: notebooks/{only}\n", encoding="utf-8")
     (tree / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     work = tree.with_name(f"{tree.name}-build")
     jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
-    command = [jupyter_book, "build", str(tree), "--path-output", str(work), "--all", "-n", "-W", "--keep-going"]
+    strict = ["-n", "-W", "--keep-going"] if only is None else ["--quiet", "--quiet"]
+    command = [jupyter_book, "build", str(tree), "--path-output", str(work), "--all", *strict]
     if subprocess.run(command, check=False).returncode:
         raise InputError(f"the book in {tree} has warnings or errors, shown above; mend the pages they name")
     html = work / "_build" / "html"
     _prune_mathjax(html / "_static" / "mathjax")
+    for name, result in found.items():
+        for folder, kinds in (("results", ("numbers", "figures")), ("results/live", ("live",))):
+            (html / folder).mkdir(exist_ok=True)
+            kept = {key: result[key] for key in ("notebook", "preset", "parameters", *kinds)}
+            (html / folder / f"{name}.json").write_text(f"{files.to_json(kept, indent=1)}\n", encoding="utf-8")
     files.replace_folder(html, output)
     shutil.rmtree(work)
+
+
+def _substitutions(tree: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``{{ ... }}`` on a page of prose can show; named figures become files that a page includes."""
+    figures = tree / "book" / "figures"
+    figures.mkdir()
+    for notebook in found:
+        for name, html in results.figures(tree / "notebooks" / f"{notebook}.ipynb").items():
+            (figures / f"{name}.html").write_text(html, encoding="utf-8")
+    numbers = {notebook: result["numbers"] for notebook, result in found.items()}
+    ledger = claims.judge(claims.read(Path("book/claims.csv")), numbers)
+    return {
+        "numbers": numbers,
+        "ledger": claims.page(ledger),
+        "verdicts": ledger["verdict"].value_counts().to_dict(),
+        "displays": claims.displays(Path("book/displays.csv")),
+        "data_dictionary": tables.dictionary(),
+    }
+
+
+def record(notebooks: Path, output: Path) -> None:
+    """Write the numbers of executed notebooks as those that are published. Every notebook has to be there, at one preset."""
+    found = results.read(notebooks)
+    if missing := {path.stem for path in Path("notebooks").glob("*.ipynb")} - set(found):
+        raise InputError(f"{notebooks}: lacks {', '.join(sorted(missing))}; execute all notebooks first, with make book")
+    if any(result["preset"] != "laptop" for result in found.values()):
+        raise InputError(f"{notebooks}: was not executed at the preset laptop, which is the one that is published")
+    kept = {name: {key: result[key] for key in ("numbers", "figures")} for name, result in found.items()}
+    with files.replacing(output) as partial:
+        partial.write_text(f"{files.to_json(kept, indent=1)}\n", encoding="utf-8")
+
+
+def difference(before: Path, after: Path) -> str:
+    """What changed between the numbers of two executions, as Markdown: numbers, figures, and verdicts on the paper's claims."""
+    old, new = results.read(before), results.read(after)
+    parts = []
+    for notebook in sorted({*old, *new}):
+        if notebook not in old or notebook not in new:
+            parts.append(f"- `{notebook}` is only in {before if notebook in old else after}")
+            continue
+        changed = results.differences(old[notebook]["numbers"], new[notebook]["numbers"]).to_dict("records")
+        lines = [f"  - `{row['number']}`: {row['before']} → {row['after']} ({row['relative']:+.2%})" for row in changed]
+        redrawn = results.differences(old[notebook]["figures"], new[notebook]["figures"])
+        lines += [f"  - figure: {caption}" for caption in redrawn["number"]]
+        if lines:
+            parts += [f"- `{notebook}`", *lines]
+    stated = claims.read(Path("book/claims.csv"))
+    verdicts = [claims.judge(stated, {name: r["numbers"] for name, r in found.items()}) for found in (old, new)]
+    moved = [f"- **{claim}**: {was} → {now}" for claim, was, now in
+             zip(stated["claim"], verdicts[0]["verdict"], verdicts[1]["verdict"], strict=True) if was != now]  # fmt: skip
+    return "\n".join([
+        f"Numbers of `{before}` and `{after}`", "", *(parts or ["No number and no figure changed."]), "",
+        *(["Verdicts that moved:", "", *moved] if moved else ["No verdict moved."]),
+    ])  # fmt: skip
+
+
+def notebook_named(prefix: str) -> Path:
+    """The notebook of that name or number: ``03`` is the chapter, ``03_solutions`` its solutions."""
+    found = [
+        path for path in sorted(Path("notebooks").glob("*.ipynb")) if path.stem == prefix or path.stem.startswith(f"{prefix}_")
+    ]
+    chapters = [path for path in found if not path.stem.endswith("_solutions")] or found
+    if len(chapters) != 1:
+        names = ", ".join(path.stem for path in sorted(Path("notebooks").glob("*.ipynb")))
+        raise InputError(f"no notebook is meant by {prefix!r}; name one of {names}, or its number")
+    return chapters[0]
 
 
 def _prune_mathjax(folder: Path) -> None:
@@ -175,7 +256,39 @@ def run_snakemake(arguments: Sequence[str]) -> int:
         return subprocess.run(command, check=False, env=environment).returncode
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _execute_with_preset(notebook: Path, output: Path, presets_file: Path, preset: str, own: Sequence[Sequence[str]]) -> None:
+    presets = read_presets(presets_file)
+    if preset not in presets:
+        raise InputError(f"{presets_file}: has no preset {preset!r}; choose one of {', '.join(presets)}")
+    try:
+        given = {name: yaml.safe_load(value) for name, value in own}
+    except yaml.YAMLError as error:
+        raise InputError(f"a parameter is not YAML ({' '.join(str(error).split())}); quote it") from None
+    # the kernel inherits these, and the page shows them
+    number = notebook.stem if notebook.stem.endswith("_solutions") else notebook.stem.partition("_")[0]
+    written = shlex.quote(" ".join(f"{name}={shlex.quote(value)}" for name, value in own))
+    os.environ |= {
+        "MORPH_PRESET": preset,
+        "MORPH_COMMAND": f"make notebook NB={number} PRESET={preset}{f' P={written}' if own else ''}",
+    }
+    execute(notebook, output, presets[preset].get(notebook.stem, {}) | given)
+
+
+def own_page(notebook: Path, presets: Path, preset: str, parameters: str) -> Path:
+    """Execute a notebook with parameters of one's own, ``name=value name=value``, under ``_build/own``, and make its page."""
+    try:
+        pairs = [pair.split("=", 1) for pair in shlex.split(parameters)]
+    except ValueError as error:
+        raise InputError(f"P={parameters!r}: {error}; write it as P='name=value name=value'") from None
+    if wrong := ["=".join(pair) for pair in pairs if len(pair) != 2]:
+        raise InputError(f"P: {wrong[0]!r} is no parameter; write name=value")
+    folder = Path("_build/own") / notebook.stem
+    _execute_with_preset(notebook, folder / "tree/notebooks" / notebook.name, presets, preset, pairs)
+    build_book(folder / "tree", folder / "html", only=notebook.stem)
+    return folder / "html/notebooks" / f"{notebook.stem}.html"
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m morphlib.pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("snakemake", help="run Snakemake, one at a time in this folder; its arguments follow")
@@ -183,11 +296,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--presets", type=Path, default=Path("notebooks/presets.yml"))
     one.add_argument("--preset", default="laptop")
     one.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "YAML"))
+    own = commands.add_parser("notebook", help="execute one notebook with parameters of your own, and make its page")
+    own.add_argument("notebook", help="its name, or its number")
+    own.add_argument("--presets", type=Path, default=Path("notebooks/presets.yml"))
+    own.add_argument("--preset", default="laptop")
+    own.add_argument("--parameters", default="", metavar="'NAME=YAML ...'")
+    diff = commands.add_parser("diff", help="what changed between the numbers of two executions, and whether a verdict moved")
+    diff.add_argument("before", type=Path, help="executed notebooks: one, a folder of them, or recorded numbers")
+    diff.add_argument("after", type=Path)
+    recorder = commands.add_parser("record", help="record the numbers of executed notebooks as the published ones")
     book = commands.add_parser("book", help="build the book from a tree of executed notebooks")
     publish = commands.add_parser("publish", help="copy built pages to where readers open them, whole or not at all")
-    for command, source in ((one, "notebook"), (book, "tree"), (publish, "pages")):
+    for command, source in ((one, "notebook"), (book, "tree"), (publish, "pages"), (recorder, "notebooks")):
         command.add_argument(source, type=Path)
         command.add_argument("output", type=Path)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
     parsed, others = parser.parse_known_args(arguments)
     if others and parsed.command != "snakemake":
         parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -195,15 +322,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.command == "snakemake":
             return run_snakemake(others)
         if parsed.command == "execute":
-            presets = read_presets(parsed.presets)
-            if parsed.preset not in presets:
-                raise InputError(f"{parsed.presets}: has no preset {parsed.preset!r}; choose one of {', '.join(presets)}")
-            given = presets[parsed.preset].get(parsed.notebook.stem, {})
-            try:
-                given |= {name: yaml.safe_load(value) for name, value in parsed.parameter}
-            except yaml.YAMLError as error:
-                raise InputError(f"a parameter is not YAML ({' '.join(str(error).split())}); quote it") from None
-            execute(parsed.notebook, parsed.output, given)
+            _execute_with_preset(parsed.notebook, parsed.output, parsed.presets, parsed.preset, parsed.parameter)
+        elif parsed.command == "notebook":
+            page = own_page(notebook_named(parsed.notebook), parsed.presets, parsed.preset, parsed.parameters)
+            print(f"The page: {page.resolve()}")
+        elif parsed.command == "diff":
+            print(difference(parsed.before, parsed.after))
+        elif parsed.command == "record":
+            record(parsed.notebooks, parsed.output)
         elif parsed.command == "publish":
             copied = parsed.output.with_name(f"{parsed.output.name}.partial")
             shutil.copytree(parsed.pages, copied, dirs_exist_ok=True)

@@ -84,7 +84,7 @@ class Recipe:
 
 
 def quantities(name: str) -> dict[str, Any]:
-    """What ``data/recipes.csv`` says of a recipe: the fields of `Recipe`, the ``norm`` (`morphlib.shapes.Norm`), and some more.
+    """What ``data/recipes.csv`` says of a recipe: the fields of `Recipe`, a ``norm`` of `morphlib.shapes`, and some more.
 
     Those are ``shape``, ``tokens``, ``chunks``, ``gpus`` and how open_lm prepares the text, where the recipe names them. Raises
     ``InputError`` for an unknown name.

@@ -44,7 +44,7 @@ def _table(name: str) -> list[dict[str, str]]:
 
 @cache
 def paper_tasks() -> Mapping[str, Mapping[str, str]]:
-    """The paper's eleven tasks by name, as ``data/eval_tasks.csv`` has them; ``data/README.md`` explains the columns."""
+    """The paper's eleven tasks by name, as ``data/eval_tasks.csv`` has them; ``data/columns.csv`` explains the columns."""
     return {row["name"]: row for row in _table("eval_tasks.csv")}
 
 

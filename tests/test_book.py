@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from morphlib import pipeline
+from morphlib import claims, files, pipeline, results
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -164,6 +164,47 @@ def test_plain_papermill_takes_other_parameters(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     text = json.dumps(nbformat.read(out, as_version=4))
     assert "beta" in text and "gamma" in text
+
+
+def test_a_second_execution_hands_over_the_same_bytes(book, tmp_path):
+    """All but what is live; the chapter has both."""
+    name = "03_fitting_the_law"
+    presets = pipeline.read_presets(ROOT / "notebooks/presets.yml")
+    pipeline.execute(ROOT / f"notebooks/{name}.ipynb", tmp_path / f"{name}.ipynb", presets["smoke"][name])
+    first, second = (results.read(path)[name] for path in (book.parent / "tree/notebooks" / f"{name}.ipynb", tmp_path))
+    assert second["live"].keys() == first["live"].keys() != set()
+    for kind in ("numbers", "figures", "parameters"):
+        assert files.to_json(second[kind]) == files.to_json(first[kind])
+
+
+def test_every_notebook_ends_with_its_provenance(book):
+    for path in NOTEBOOKS:
+        assert nbformat.read(path, as_version=4).cells[-1].source == f'report.provenance("{path.stem}", globals())'
+        html = (book / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
+        for text in ("How this page was made", "make notebook NB=", "PRESET=smoke", "-y &#39;{"):
+            assert text in html or text.replace("&#39;", "&#x27;") in html
+        kept = json.loads((book / "results" / f"{path.stem}.json").read_text(encoding="utf-8"))
+        live = json.loads((book / "results/live" / f"{path.stem}.json").read_text(encoding="utf-8"))
+        assert kept["numbers"] and not set(kept["numbers"]) & set(live["live"])
+
+
+def test_figures_can_be_downloaded_as_numbers(book):
+    """Under each figure with points or lines; only the flow chart of the method has none."""
+    without = []
+    for path in NOTEBOOKS:
+        html = (book / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
+        figures = re.findall(r'<svg role="img".*?</figcaption>', html, flags=re.DOTALL)
+        without += [caption for caption in figures if 'href="data:text/csv;base64,' not in caption]
+    assert len(without) == 1 and "flow chart" in without[0]
+
+
+def test_the_ledger_on_its_page_is_computed_from_the_results(book):
+    page = (book / "book/claims.html").read_text(encoding="utf-8")
+    numbers = {name: result["numbers"] for name, result in results.read(book.parent / "tree/notebooks").items()}
+    ledger = claims.judge(claims.read(ROOT / "book/claims.csv"), numbers)
+    shown = re.findall(r"verdict-[0-3]'>([^<]+)<", page)
+    assert shown == list(ledger["verdict"])
+    assert set(shown) == set(claims.VERDICTS)
 
 
 def test_a_table_of_ones_own_runs_through_the_chapter(tmp_path, paper):

@@ -11,6 +11,8 @@ from packaging.utils import canonicalize_name
 
 import morphlib
 from conftest import ROOT
+from morphlib import laws
+from morphlib.latency import engines
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text().splitlines()
@@ -56,8 +58,8 @@ def test_arrows_between_modules_go_one_way():
     order = ["errors", "files", "laws", "shapes", "runs", "model", "corpus", "recipes", "training", "least_squares", "fitting",
              "uncertainty", "diagnostics", "design", "ablations", "latency", "latency.hardware", "latency.models",
              "latency.engines", "latency.timing", "latency.analytic", "latency.commands", "selection", "minimal_pairs",
-             "scores", "evaluation", "study", "report", "pipeline", "training_commands", "evaluation_commands",
-             "cli"]  # fmt: skip
+             "scores", "evaluation", "study", "tables", "results", "claims", "report", "pipeline",
+             "training_commands", "evaluation_commands", "cli"]  # fmt: skip
     folder = ROOT / "morphlib"
     names = (".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py"))
     found = {name.removesuffix(".__init__") for name in names}
@@ -73,3 +75,20 @@ def test_arrows_between_modules_go_one_way():
                 imported |= {name for name in names if name in found} or {package}
         allowed = set() if module in ("laws", "shapes") else {*order[:position], "", "__version__"}
         assert imported <= allowed, f"{module} imports {imported - allowed}"
+
+
+def test_the_page_of_the_python_interface_has_every_module():
+    """But for those behind the commands."""
+    folder = ROOT / "morphlib"
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in folder.rglob("*.py") if path.stem != "__init__"}
+    listed = re.findall(r"^\.\. automodule:: (\S+)$", (ROOT / "book/api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(name for name in names if not name.endswith(("commands", ".cli")))
+
+
+def test_laws_and_engines_are_in_the_tables_of_the_book():
+    for page, names in {
+        "notation": (*laws.NAMES, *laws.SHAPE_TERMS),
+        "bring_your_own_hardware": engines.ENGINES,
+    }.items():
+        text = (ROOT / f"book/{page}.md").read_text()
+        assert [name for name in names if f"`{name}`" not in text] == []

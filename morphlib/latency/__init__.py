@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-DATA = Path(__file__).parents[1] / "data"  # the bundled tables, whose columns data/README.md explains
+DATA = Path(__file__).parents[1] / "data"  # the bundled tables, whose columns data/columns.csv explains

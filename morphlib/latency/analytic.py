@@ -24,7 +24,7 @@ and the maximum by 9.3 %; within the fit the residuals are 7.5 % and 6.1 %. Why 
 fixed time on an A100 is 1.3 times that on an H100, and so are their clocks.
 
 Sources: S. Williams, A. Waterman and D. Patterson, Roofline, CACM 52 (2009) 65; R. Pope et al., Efficiently
-scaling transformer inference, arXiv 2211.05102, section 2; constants: ``data/README.md``.
+scaling transformer inference, arXiv 2211.05102, section 2; constants: ``data/latency_constants.csv``.
 """
 
 from __future__ import annotations
@@ -341,6 +341,14 @@ def ratio(
     return Estimate(float(ratios[0]), float(ratios.min()), float(ratios.max()), f"predicted for {machine.device.name}, {mode}")
 
 
+def ratio_if_both_fit(first: Shape, second: Shape, *where: Any, **workload: Any) -> Estimate | None:
+    """As `ratio`; None where one of the two does not fit the memory."""
+    try:
+        return ratio(first, second, *where, **workload)
+    except InputError:
+        return None
+
+
 def _phases(shape: Shape | Shapes, work: Workload, cache_passes: int) -> tuple[_Work, _Work]:
     """The bytes and FLOPs of the prefill and of a mean step of decoding, which reads the cache ``cache_passes`` times."""
     weight_bytes = shape.weight_bytes(work.weight_bits, "without_input_embedding")
@@ -370,7 +378,7 @@ def _table(name: str) -> pd.DataFrame:
 
 
 def reference(rows: Sequence[str] | None = None) -> pd.DataFrame:
-    """The bundled published latencies, by id; all, or the named ``rows``. Columns: ``data/README.md``."""
+    """The bundled published latencies, by id; all, or the named ``rows``. Columns: ``data/columns.csv``."""
     table = _table("latency_reference")
     return table.copy() if rows is None else table.loc[list(rows)]
 

@@ -179,7 +179,7 @@ def config_of(shape: Shape) -> PretrainedConfig:
 
 
 def open_models() -> pd.DataFrame:
-    """The bundled configurations, indexed by name; ``data/README.md`` explains the columns."""
+    """The bundled configurations, indexed by name; ``data/columns.csv`` explains the columns."""
     import pandas as pd
 
     return pd.read_csv(DATA / "open_models.csv", index_col="name", keep_default_na=False)

@@ -35,6 +35,7 @@ from morphlib.errors import InputError
 from morphlib.latency import DATA
 from morphlib.latency.engines import Configuration, Worker
 from morphlib.latency.hardware import Estimate
+from morphlib.shapes import Shape
 
 Array = np.ndarray
 
@@ -90,6 +91,18 @@ def ratio_of_medians(a_s: Array, b_s: Array, n_resamples: int = 2000, seed: int 
     low, high = np.percentile(medians[0] / medians[1], (2.5, 97.5))
     # of very few samples the percentiles can miss the ratio itself
     return Estimate(float(value), float(min(low, value)), float(max(high, value)), "bootstrap of the ratio of medians")
+
+
+def ratio_of_rows(
+    rows: pd.DataFrame, first: str, second: str, engine: str = "hf-eager", dtype: str = "bf16"
+) -> Estimate | None:
+    """E2E of one shape over that of another, from the recorded runs of both; None where one of them has no row."""
+    timed = rows[(rows["engine"] == engine) & (rows["dtype"] == dtype)]
+    found = [timed.loc[timed["shape"] == str(Shape.parse(shape)), "e2e_samples_s"] for shape in (first, second)]
+    if any(samples.empty for samples in found):
+        return None
+    a_s, b_s = (np.array(samples.iloc[0].split(), dtype=float) for samples in found)
+    return ratio_of_medians(a_s, b_s)
 
 
 def median_interval(values: Array, n_resamples: int = 2000, seed: int = 0) -> Estimate:

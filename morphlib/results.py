@@ -1,0 +1,88 @@
+"""The numbers of executed notebooks: where they are found, which are published, and what changed between two executions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from morphlib.errors import InputError
+
+KEY = "results"
+"""Where `morphlib.report.provenance` leaves them in the metadata of its output."""
+RELATIVE = 1e-6
+"""Two numbers that differ by less than this share are the same: other processors round sums in another order."""
+
+Numbers = Mapping[str, float | int | str | None]
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The results by notebook: of one executed notebook, of a folder of them, or of recorded numbers (a JSON file).
+
+    Raises ``InputError`` where there is none.
+    """
+    if path.suffix == ".json":
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); give published numbers or executed notebooks") from None
+    notebooks = sorted(path.glob("[0-9]*.ipynb")) if path.is_dir() else [path]
+    found = {notebook.stem: _of_notebook(notebook) for notebook in notebooks if not notebook.stem.endswith(".partial")}
+    if not found:
+        raise InputError(f"{path}: holds no executed notebooks; name a folder of them, or execute them with make book")
+    return found
+
+
+def _outputs(path: Path, key: str) -> list[tuple[Any, str]]:
+    """What the HTML outputs of an executed notebook carry under a key of their metadata, and the HTML."""
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+    except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+        raise InputError(f"{path}: cannot be read as a notebook ({type(error).__name__}); execute it again") from None
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    carried = [(output.get("metadata", {}).get("text/html", {}).get(key), output) for output in outputs]
+    return [(value, output["data"]["text/html"]) for value, output in carried if value is not None]
+
+
+def _of_notebook(path: Path) -> dict[str, Any]:
+    found = _outputs(path, KEY)
+    if len(found) != 1:
+        raise InputError(f"{path}: holds {len(found)} results; execute it, and let its last cell be report.provenance(...)")
+    return json.loads(json.dumps(found[0][0]))  # plain dictionaries in place of nbformat's
+
+
+def figures(path: Path) -> dict[str, str]:
+    """The named figures of an executed notebook, as HTML."""
+    return dict(_outputs(path, "figure"))
+
+
+def published() -> dict[str, dict[str, Any]]:
+    """The results behind the published book, as ``morphlib.pipeline record`` wrote them; empty where there are none yet."""
+    file = resources.files("morphlib") / "data/published.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def differences(before: Numbers, after: Numbers) -> pd.DataFrame:
+    """What differs by more than ``RELATIVE`` between two sets of numbers: number, before, after, relative change.
+
+    A number that only one of them has, and a text that differs, have no relative change.
+    """
+    rows = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if old == new:
+            continue
+        relative = math.nan
+        if isinstance(old, int | float) and isinstance(new, int | float):
+            relative = (new - old) / abs(old) if old else math.inf * new
+            if abs(relative) <= RELATIVE:
+                continue
+        rows.append((name, "–" if old is None else f"{old:.6g}" if isinstance(old, float) else str(old),
+                     "–" if new is None else f"{new:.6g}" if isinstance(new, float) else str(new), relative))  # fmt: skip
+    return pd.DataFrame(rows, columns=["number", "before", "after", "relative"])

@@ -1,0 +1,103 @@
+"""The ledger: a verdict follows from its number, and a claim that rests on nothing is an error."""
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from morphlib import claims, pipeline
+from morphlib.errors import InputError
+
+STATED = claims.read(ROOT / "book/claims.csv")
+BLANK = dict.fromkeys(STATED.columns, "") | {"claim": "c", "source": "s", "paper": "p", "section": "03_x#y", "shown": ".3f"}
+
+
+def verdict(numbers, **row):
+    return claims.judge(pd.DataFrame([BLANK | row]), numbers)["verdict"].iloc[0]
+
+
+def number_names():
+    """The numbers that the claims rest on, by notebook prefix."""
+    columns = ("number", "value", "caveat_number", "caveat_value")
+    return {text for column in columns for text in STATED[column] if ":" in text}
+
+
+def test_there_are_claims_of_every_kind_and_each_says_where_it_comes_from():
+    assert len(STATED) >= 25
+    assert STATED["claim"].is_unique
+    assert {"number", "needs"} <= set(STATED.columns)
+    assert (STATED["number"] == "").any() and (STATED["number"] != "").sum() >= 25
+    for section in STATED["section"]:
+        assert (ROOT / "notebooks" / f"{section.partition('#')[0]}.ipynb").exists()
+
+
+def test_no_claim_rests_on_a_live_number():
+    """What is handed over live is in no ledger: the source of every number is a call without live=True."""
+    for text in number_names():
+        prefix, _, name = text.partition(":")
+        source = pipeline.notebook_named(prefix).read_text(encoding="utf-8")
+        live = "".join(part.split(")\\n")[0] for part in source.split("report.glue(live=True")[1:])
+        assert f"{name}=" not in live, text
+
+
+@given(st.floats(-10, 10), st.floats(-10, 10), st.floats(0, 1))
+def test_a_verdict_follows_from_its_number(number, value, tolerance):
+    row = {"number": "03:x", "value": repr(value), "tolerance": repr(tolerance)}
+    for relation, holds in {
+        "equals": abs(number - value) <= tolerance,
+        "at least": number >= value - tolerance,
+        "at most": number <= value + tolerance,
+        "more than": number > value,
+        "less than": number < value,
+    }.items():
+        found = verdict({"03_law": {"x": number}}, relation=relation, **row)
+        assert found == ("reproduced" if holds else "not supported")
+
+
+def test_a_caveat_counts_only_where_its_own_relation_holds():
+    row = {"number": "03:x", "relation": "equals", "value": "1", "caveat": "but", "caveat_number": "04:y",
+           "caveat_relation": "more than", "caveat_value": "03:x"}  # fmt: skip
+    assert verdict({"03_a": {"x": 1}, "04_b": {"y": 2}}, **row) == "reproduced with a caveat"
+    assert verdict({"03_a": {"x": 1}, "04_b": {"y": 0}}, **row) == "reproduced"
+    assert verdict({"03_a": {"x": 3}, "04_b": {"y": 4}}, **row) == "not supported"
+    assert verdict({"03_a": {"x": 1}}, **row | {"caveat_number": "", "caveat_relation": ""}) == "reproduced with a caveat"
+
+
+def test_numbers_in_texts_are_read():
+    row = {"number": "02:depth", "relation": "equals", "value": "0.85"}
+    assert verdict({"02_a": {"depth": "0.85 ± 0.06"}}, **row) == "reproduced"
+    assert verdict({"02_a": {"depth": "−0.85"}}, **row | {"value": "-0.85"}) == "reproduced"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [({"04_b": {"x": 1.0}}, "no notebook hands over"), ({"03_a": {"y": 1.0}}, "no notebook hands over"),
+     ({"03_a": {"x": "none"}}, "which is no number"), ({"03_a": {"x": None}}, "which is no number")],
+)  # fmt: skip
+def test_a_missing_number_stops_the_build(numbers, message):
+    with pytest.raises(InputError, match=message):
+        verdict(numbers, number="03:x", relation="equals", value="1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"relation": "is"}, "relation is 'is'"), ({"number": "", "relation": ""}, "neither a number nor what a check would need"),
+     ({"source": ""}, "lacks its claim, source"), ({"caveat_number": "03:y"}, "the caveat lacks its words")],
+)  # fmt: skip
+def test_a_claim_that_cannot_be_checked_as_it_is_written_is_named(tmp_path, change, message):
+    path = tmp_path / "claims.csv"
+    pd.DataFrame([BLANK | {"number": "03:x", "relation": "equals", "value": "1"} | change]).to_csv(path, index=False)
+    with pytest.raises(InputError, match=rf"row 2 \(c\): .*{message}"):
+        claims.read(path)
+
+
+def test_the_page_has_every_claim_with_its_verdict_and_escapes_text():
+    numbers = {"03_a": {"x": 1.0}}
+    rows = [
+        BLANK | {"claim": "a < b", "number": "03:x", "relation": "equals", "value": "1"},
+        BLANK | {"claim": "n", "needs": "GPU"},
+    ]
+    page = claims.page(claims.judge(pd.DataFrame(rows), numbers))
+    assert "a &lt; b" in page and "GPU" in page and ">reproduced<" in page and ">cannot be checked here<" in page
+    assert "href='../notebooks/03_x.html#y'" in page
