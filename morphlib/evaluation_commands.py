@@ -6,43 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from morphlib.errors import InputError
 
-_DTYPES = ("auto", "bf16", "fp16", "fp32")
 
-
-def add_commands(commands: Any, count: Callable[[str], int], show_table: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Add ``eval`` to the commands of ``morph``; ``count`` reads a whole number of at least 1, ``show_table`` prints rows."""
-    about = "Accuracy of a checkpoint by lm-eval, with its uncertainty; or two results compared item by item."
-    command = commands.add_parser("eval", help="evaluate a checkpoint, or compare two results", description=about)
-    what = "folder of a model, Open-LM .pt file, .gguf file, smollm2, or a name on the Hugging Face hub"
-    command.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=what)
-    names = "paper (its eleven, online), offline (ten of them), agreement and spelling (minimal pairs), or, with commas, names"
-    command.add_argument(
-        "--tasks", default="offline", metavar="NAMES", help=f"{names} of lm-eval and paths of task files (default: offline)"
-    )
-    command.add_argument("--limit", type=count, metavar="N", help="only the first N items of each task")
-    command.add_argument("--batch", type=count, default=8, metavar="N", help="sequences at once (default: %(default)s)")
-    command.add_argument("--dtype", choices=_DTYPES, default="auto", help="(default: as the checkpoint says)")
-    command.add_argument("--device", metavar="DEVICE", help="(default: cuda where there is one, else cpu)")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    command.add_argument("--config", type=Path, metavar="JSON", help="model configuration of an Open-LM .pt file")
-    command.add_argument("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json, or a folder with one such as a corpus")
-    command.add_argument(
-        "--corpus", type=Path, metavar="FOLDER", help="what spelling is made of, and whose training text agreement avoids"
-    )
-    command.add_argument("--allow-code", action="store_true", help="run code that comes with the checkpoint")
-    command.add_argument("--out", type=Path, metavar="JSON", help="also write the result with its items, for --compare")
-    command.add_argument("--compare", type=Path, nargs=2, metavar="JSON", help="two files that --out wrote")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.set_defaults(run=_run, show=partial(_show, show_table))
-
-
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate a checkpoint, or compare two results."""
     if (arguments.checkpoint is None) == (arguments.compare is None):
         raise InputError("name a checkpoint, or two results by --compare")
     if arguments.compare:
@@ -103,7 +74,8 @@ _COMPARED = {"gained": "second only", "lost": "first only", "bits_per_byte_diffe
 _COMPARED |= {"bits_per_byte_difference_error": "its error", "n": "items"}
 
 
-def _show(show_table: Callable[[list[dict[str, Any]]], None], result: dict[str, Any]) -> None:
+def show(show_table: Callable[[list[dict[str, Any]]], None], result: dict[str, Any]) -> None:
+    """Print accuracies, or how two models differ; ``show_table`` prints rows."""
     if "compared" in result:
         print(f"first {result['files'][0]}, second {result['files'][1]}\n")
         show_table([{_COMPARED.get(name, name): value for name, value in row.items()} for row in result["compared"]])

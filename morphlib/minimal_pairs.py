@@ -9,13 +9,14 @@ a singular subject and one with a plural, so that a model which always prefers o
 
 from __future__ import annotations
 
-import csv
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
+
+import pandas as pd
 
 from morphlib.errors import InputError
 
@@ -62,11 +63,8 @@ def misspelled(texts: Iterable[str], n: int, seed: int = 0) -> list[Item]:
 
 def _words() -> dict[str, list[tuple[str, str, str]]]:
     """Singular, plural and what follows, by kind."""
-    found: dict[str, list[tuple[str, str, str]]] = {}
-    with resources.files("morphlib").joinpath("data/agreement_words.csv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["kind"], []).append((row["singular"], row["plural"], row["rest"]))
-    return found
+    table = pd.read_csv(str(resources.files("morphlib") / "data/agreement_words.csv"), keep_default_na=False)
+    return {str(kind): list(zip(of["singular"], of["plural"], of["rest"], strict=True)) for kind, of in table.groupby("kind")}
 
 
 def make(n: int = 4000, seed: int = 0) -> list[Item]:

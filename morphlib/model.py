@@ -164,6 +164,7 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = OpenLMConfig
     config: OpenLMConfig
     supports_gradient_checkpointing = True
+    _input_embed_layer = "tok_embeddings"
     _no_split_modules = ["Block"]  # noqa: RUF012 - this and the next as transformers declares them
     _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}  # noqa: RUF012
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
@@ -187,12 +188,6 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
             init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)  # type: ignore[arg-type]
         else:
             super()._init_weights(module)  # norms, and the frequencies of the rotation
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.tok_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.tok_embeddings = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output

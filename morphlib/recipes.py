@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -123,24 +123,6 @@ def start_times(hours: Sequence[float], gpus_each: Sequence[int], n_gpus: int) -
     return starts
 
 
-_PREPARE = """\
-#!/bin/sh
-# Tokenizes DCLM-Baseline 1.0 (https://huggingface.co/datasets/mlfoundations/dclm-baseline-1.0, CC BY 4.0) into shuffled shards.
-# Usage: sh prepare_data.sh FOLDER_WITH_DCLM. Give it at least {tokens:,} tokens, since no text is read twice.
-set -eu
-python -m open_lm.datapreprocess.ray.tokenize_shuffle --input "$1" --output shards --content_key text \\
-  --tokenizer {tokenizer} --seqlen {sequence} --wds_chunk_size {shard_sequences} --seed {data_seed}
-"""
-_TRAIN = """\
-#!/bin/sh
-# {shape}: {steps:,} steps of {step_tokens:,} tokens are {tokens:,} tokens. Usage, after prepare_data.sh: sh train.sh
-# It needs open_lm: pip install "open_lm @ git+https://github.com/mlfoundations/open_lm@9bb92ef1689333534b7057942a20d18a46d1fa52"
-set -eu
-torchrun --nproc-per-node {gpus} -m open_lm.main \\
-  {options}
-"""
-
-
 def write_open_lm_launch(folder: Path, shape: Shape, tokens: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Write what open_lm needs to train ``shape`` on ``tokens`` tokens: ``model.json``, ``train.sh`` and ``prepare_data.sh``.
 
@@ -174,38 +156,15 @@ def write_open_lm_launch(folder: Path, shape: Shape, tokens: int, given: Mapping
         "model_norm": next(theirs for theirs, ours in OPEN_LM_NORMS.items() if ours == shape.norm),
         "qk_norm": recipe.qk_norm,
     }
-    options = {
-        "model": "model.json",
-        "dataset-manifest": "shards/manifest.jsonl",
-        "data-key": "json.gz",
-        "train-num-samples": tokens // chunks,
-        "epochs": chunks,
-        "global-batch-size": recipe.batch,
-        "accum-freq": recipe.accumulate,
-        "lr": recipe.learning_rate,
-        "lr-cooldown-end": f"{recipe.learning_rate * recipe.final_share:.6g}",
-        "warmup": recipe.warmup_steps,
-        "beta1": recipe.beta1,
-        "beta2": recipe.beta2,
-        "eps": recipe.epsilon,
-        "wd": recipe.weight_decay,
-        "grad-clip-norm": recipe.clip,
-        "z-loss-coefficient": recipe.z_loss,
-        "precision": "amp_bfloat16" if recipe.dtype == "bf16" else "fp32",
-        "seed": recipe.seed,
-        "workers": 1,  # each takes whole shards by itself
-        "logs": "logs",
-        "name": shlex.quote(folder.resolve().name),
-        "resume": "latest",
-    }
-    flags = ["--fsdp", *(["--grad-checkpointing"] if recipe.gradient_checkpointing else [])]
-    lines = [*(f"--{option} {value}" for option, value in options.items()), *flags]
     numbers = {"tokens": tokens, "steps": tokens // recipe.step_tokens, "step_tokens": recipe.step_tokens}
-    texts = {
-        "model.json": json.dumps(model, indent=2) + "\n",
-        "prepare_data.sh": _PREPARE.format(**{**given, "tokens": tokens}),
-        "train.sh": _TRAIN.format(shape=shape, gpus=gpus, options=" \\\n  ".join(lines), **numbers),
-    }
+    filled = {**given, **asdict(recipe), **numbers, "shape": shape, "gpus": gpus, "chunks": chunks}
+    filled |= {"chunk_tokens": tokens // chunks, "final_rate": recipe.learning_rate * recipe.final_share}
+    filled |= {"name": shlex.quote(folder.resolve().name), "precision": "amp_bfloat16" if recipe.dtype == "bf16" else "fp32"}
+    filled["flags"] = "--fsdp \\\n  --grad-checkpointing" if recipe.gradient_checkpointing else "--fsdp"
+    texts = {"model.json": json.dumps(model, indent=2) + "\n"}
+    for name in ("prepare_data.sh", "train.sh"):  # with one worker, since each takes whole shards by itself
+        template = resources.files("morphlib").joinpath("data/open_lm", name).read_text(encoding="utf-8")
+        texts[name] = template.format(**filled)
     for name, text in texts.items():
         with files.replacing(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")

@@ -195,7 +195,7 @@ def read(source: str | Path) -> pd.DataFrame:
 
 
 def _losses_from_logs(table: pd.DataFrame, where: str) -> list[float]:
-    _need(table, ["log", "tokens"], where, "averaging logs needs it")
+    need(table, ["log", "tokens"], where, "averaging logs needs it")
     tokens = pd.to_numeric(table["tokens"], errors="coerce").fillna(0.0)
     folder = Path(where).parent
     return [loss_from_log(folder / str(log), mark) for log, mark in zip(table["log"], tokens, strict=True)]
@@ -207,7 +207,7 @@ def loss_from_log(log: Path, tokens: float) -> float:
     It is `run_averaged_loss` of the steps up to ``tokens``, rounded to four decimals as the authors do.
     """
     steps = read(log)
-    _need(steps, ["tokens", "loss"], log, "a log has tokens and loss, one row per step")
+    need(steps, ["tokens", "loss"], log, "a log has tokens and loss, one row per step")
     values = steps[["tokens", "loss"]].apply(pd.to_numeric, errors="coerce")
     if not np.isfinite(values.to_numpy()).all():
         row = int((~np.isfinite(values.to_numpy()).all(axis=1)).argmax())
@@ -227,7 +227,8 @@ def run_averaged_loss(losses: ArrayLike) -> float:
     return float(pd.Series(losses).ewm(alpha=0.9, adjust=False).mean().mean())
 
 
-def _need(table: pd.DataFrame, names: Sequence[str], where: str | Path, why: str) -> None:
+def need(table: pd.DataFrame, names: Sequence[str], where: str | Path, why: str) -> None:
+    """Raise ``InputError`` where columns are missing, saying ``why`` they must be there."""
     if missing := [name for name in names if name not in table]:
         raise InputError(f"{where}: column {', '.join(missing)} is missing; {why}")
 
@@ -241,9 +242,9 @@ def check(table: pd.DataFrame, where: str, *, measured: bool = True) -> pd.DataF
     schema = SCHEMA if measured or "loss" in table else SCHEMA.remove_columns(["loss"])
     required = [name for name, column in schema.columns.items() if column.required]
     shown = ", ".join(map(str, table.columns))
-    _need(table, required, where, f"a run table has {', '.join(required)}, this one has {shown}")
+    need(table, required, where, f"a run table has {', '.join(required)}, this one has {shown}")
     if "n_kv_heads" in table:
-        _need(table, ["n_heads"], where, "n_kv_heads says nothing without it")
+        need(table, ["n_heads"], where, "n_kv_heads says nothing without it")
     if table.empty:
         raise InputError(f"{where}: there are no rows; give at least one")
     try:
@@ -280,7 +281,7 @@ def _shape(row: pd.Series) -> Shape:
 def _recounted(table: pd.DataFrame, count: Convention | None, where: str) -> pd.DataFrame:
     """The table with ``n_params`` counted as ``count`` says, and checked if the table says enough about its shapes."""
     if count is not None and (table["n_count"] != count).any():
-        _need(table, ["d_ff", "vocab"], where, f"n_params cannot be converted to {count} without it")
+        need(table, ["d_ff", "vocab"], where, f"n_params cannot be converted to {count} without it")
     if not {"d_ff", "vocab"} <= set(table.columns):
         return table
     numbers = []

@@ -132,8 +132,7 @@ class Tabled:
             work = measured
         if other_unit := [name for name in map(str, table) if re.fullmatch(r"latency(_low|_high)?_(ms|us|ns|min|h)", name)]:
             raise InputError(f"{where}: column {', '.join(other_unit)} is not in seconds; give latency_s and no other unit")
-        if missing := [name for name in ("shape", "latency_s") if name not in table]:
-            raise InputError(f"{where}: column {', '.join(missing)} is missing; give shape and latency_s, in seconds")
+        runs.need(table, ("shape", "latency_s"), where, "give shape and latency_s, in seconds")
         ends = {name: pd.to_numeric(table.get(name, table["latency_s"]), errors="coerce") for name in LATENCIES}
         rows = pd.DataFrame(ends).assign(latency_kind=table.get("latency_kind", "measured"), fits=True).reset_index(drop=True)
         low, value, high = (rows[name] for name in LATENCIES)
@@ -156,11 +155,7 @@ class Tabled:
     @classmethod
     def read(cls, path: str | Path, work: Workload | None = None) -> Tabled:
         """``of`` the rows of a CSV file."""
-        try:
-            rows = pd.read_csv(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); give a CSV file") from None
-        return cls.of(rows, work, str(path))
+        return cls.of(runs.read(path), work, str(path))
 
     def estimates(self) -> pd.DataFrame:
         return self.rows
@@ -180,8 +175,7 @@ def _as_latencies(rows: pd.DataFrame, where: str) -> tuple[pd.DataFrame, Workloa
     from morphlib.latency.timing import median_interval
 
     one = ["engine", "dtype", "batch", "in_tokens", "out_tokens"]
-    if missing := [name for name in ("shape", *one, "e2e_samples_s") if name not in rows]:
-        raise InputError(f"{where}: column {', '.join(missing)} is missing; give rows as morph latency measure records them")
+    runs.need(rows, ("shape", *one, "e2e_samples_s"), where, "give rows as morph latency measure records them")
     rows = rows.dropna(subset=["shape", "e2e_samples_s"])
     if mixed := [name for name in one if rows[name].nunique() > 1]:
         raise InputError(f"{where}: its rows differ in {', '.join(mixed)}; keep those of one")

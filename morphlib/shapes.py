@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,8 +34,6 @@ OPEN_LM_NORMS: dict[str, Norm] = {
     "gain_only_lp_layer_norm": "gain_only_layer_norm",
     "rms_norm": "rms_norm",
 }
-
-AttentionKind = Literal["MHA", "GQA", "MQA"]
 
 Bits = Literal[4, 8, 16, 32]
 BITS: tuple[Bits, ...] = get_args(Bits)
@@ -86,10 +83,9 @@ Array = NDArray[np.float64]
 Number = TypeVar("Number", int, Array)
 
 
-class _Counted(ABC, Generic[Number]):
-    """What follows from the sizes: of one `Shape` in whole numbers, of many (`Shapes`) as arrays."""
-
-    __slots__ = ()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted(Generic[Number]):
+    """Sizes and what follows from them: of one `Shape` in whole numbers, of many (`Shapes`) as arrays."""
 
     d_model: Number
     n_layers: Number
@@ -98,11 +94,12 @@ class _Counted(ABC, Generic[Number]):
     d_ff: Number
     vocab: Number
     tied: Any  # bool, or an array of them
-    norm: Norm
+    norm: Norm = "gain_only_layer_norm"
 
     @property
-    @abstractmethod
-    def head_size(self) -> Number: ...
+    def head_size(self) -> Number:
+        width, heads = self.d_model, self.n_heads
+        return width // heads if isinstance(width, int) else width / heads
 
     @property
     def aspect_ratio(self) -> float | Array:
@@ -187,17 +184,11 @@ class Shape(_Counted[int]):
     divides ``n_heads``; a ``ValueError`` says which of these does not hold.
     """
 
-    d_model: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_ff: int
     vocab: int = GPT_NEOX_VOCABULARY
     tied: bool = False
-    norm: Norm = "gain_only_layer_norm"
 
     def __post_init__(self) -> None:
-        for field in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab"):
+        for field in SIZES:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field} is {value!r}; give a whole number of at least 1")
@@ -275,17 +266,6 @@ class Shape(_Counted[int]):
         tied = "/tied" if self.tied else ""
         return f"{self.n_layers}x{self.d_model}/{self.n_heads}h/{self.n_kv_heads}kv/{self.d_ff}ff/{self.vocab}v{tied}"
 
-    @property
-    def head_size(self) -> int:
-        return self.d_model // self.n_heads
-
-    @property
-    def attention_kind(self) -> AttentionKind:
-        """Multi-head, grouped-query or multi-query attention (Ainslie et al., arXiv 2305.13245, section 2.2)."""
-        if self.n_kv_heads == self.n_heads:
-            return "MHA"
-        return "MQA" if self.n_kv_heads == 1 else "GQA"
-
 
 def open_lm_configuration(path: Path) -> dict[str, Any]:
     """An Open-LM model configuration (JSON), as in its ``model_configs`` folder, with its defaults and the ``shape`` it makes.
@@ -324,15 +304,6 @@ class Shapes(_Counted[Array]):
     Nothing is checked: `candidates` and ``of`` make shapes that can be built, an optimizer may pass fractions.
     """
 
-    d_model: Array
-    n_layers: Array
-    n_heads: Array
-    n_kv_heads: Array
-    d_ff: Array
-    vocab: Array
-    tied: NDArray[np.bool_]
-    norm: Norm = "gain_only_layer_norm"
-
     @classmethod
     def of(cls, shapes: Sequence[Shape]) -> Shapes:
         """The shapes of a list; their norms must be of one kind, or ``ValueError`` says so."""
@@ -353,10 +324,6 @@ class Shapes(_Counted[Array]):
         """Those that a boolean array, or an array of positions, picks."""
         picked = {field: getattr(self, field)[mask] for field in (*SIZES, "tied")}
         return Shapes(**picked, norm=self.norm)
-
-    @property
-    def head_size(self) -> Array:
-        return self.d_model / self.n_heads
 
 
 def candidates(

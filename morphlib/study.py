@@ -71,8 +71,7 @@ class Run:
 def plan(path: Path = PLAN) -> list[Run]:
     """The runs of a plan. Raises ``InputError`` naming the row for one that cannot be, and for two that are the same."""
     table = runs.read(path)
-    if missing := [name for name in _COLUMNS if name not in table]:
-        raise InputError(f"{path}: column {', '.join(missing)} is missing; a plan has {', '.join(_COLUMNS)}")
+    runs.need(table, _COLUMNS, path, f"a plan has {', '.join(_COLUMNS)}")
     given = recipes.quantities(RECIPE)
     found: list[Run] = []
     lines: dict[str, int] = {}
@@ -284,8 +283,7 @@ def ranked(table: pd.DataFrame, wanted: Sequence[Run], seed: int = 0) -> pd.Data
 
 def _read(path: Path) -> pd.DataFrame:
     table = runs.read(path)
-    if missing := [name for name in ("run_id", "config", "corpus", "budget_tokens", "hardware") if name not in table]:
-        raise InputError(f"{path}: column {', '.join(missing)} is missing; it is no table of a study")
+    runs.need(table, ("run_id", "config", "corpus", "budget_tokens", "hardware"), path, "it is no table of a study")
     return table
 
 

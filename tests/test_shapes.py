@@ -176,11 +176,6 @@ def test_weights_and_flops_of_llama_2_7b():
     assert llama.decode_flops_per_token(1000) == 2 * matrices + 4 * 32 * 4096 * 1000
 
 
-def test_attention_kinds():
-    kinds = {kv: Shape.parse(f"2x1024/16h/{kv}kv").attention_kind for kv in (1, 4, 16)}
-    assert kinds == {1: "MQA", 4: "GQA", 16: "MHA"}
-
-
 @pytest.mark.parametrize(
     "wrong",
     [

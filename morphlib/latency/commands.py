@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morphlib.errors import InputError
 from morphlib.latency import hardware
-from morphlib.latency.engines import DEVICES, ENGINES, Configuration
-from morphlib.latency.models import DTYPES
-from morphlib.shapes import BITS
+from morphlib.latency.engines import Configuration
 
 if TYPE_CHECKING:
     from morphlib.latency.timing import Measurement
@@ -21,54 +17,8 @@ if TYPE_CHECKING:
 TIMES = ("ttft_s", "tpot_s", "e2e_s")
 
 
-def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser], count: Callable[[str], int]) -> None:
-    """Add ``latency`` and its own sub-commands to those of ``morph``; ``count`` reads a whole number of at least 1."""
-    about = "Measure latency on this machine, or predict it for a GPU."
-    latency = commands.add_parser("latency", help="measure or predict latency", description=about).add_subparsers(
-        dest="subcommand", required=True, metavar="SUBCOMMAND", parser_class=parser_class
-    )
-    request = parser_class(add_help=False)
-    what = "LAYERSxWIDTH such as 12x3072, a bundled open model such as Llama-3.2-1B"
-    for name, unit in (("batch", "sequences"), ("in-tokens", "tokens of each prompt"), ("out-tokens", "tokens to write")):
-        request.add_argument(f"--{name}", type=count, metavar="N", help=unit)
-    request.add_argument("--json", action="store_true", help="print one JSON object")
-
-    def add(name: str, run: Callable[..., Any], show: Callable[..., None], help: str, parents: Any = ()) -> Any:
-        # the docstring of what a command runs is its description
-        command = latency.add_parser(name, parents=parents, help=help, description=run.__doc__)
-        command.set_defaults(run=run, show=show)
-        return command
-
-    measure = add("measure", _measure, _show, "time generation on this machine", [request])
-    measure.add_argument("--shape", action="append", metavar="SHAPE", help=f"{what}, or a folder with a model; may be repeated")
-    measure.add_argument("--engine", choices=ENGINES, help="(default: hf-eager)")
-    measure.add_argument("--dtype", choices=DTYPES, help="(default: bf16)")
-    measure.add_argument("--device", choices=DEVICES, help="(default: auto, CUDA where there is one)")
-    measure.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: one for each core)")
-    how = measure.add_mutually_exclusive_group()
-    how.add_argument("--protocol", metavar="NAME", help="lengths, sampling and repeats of one of the authors' scripts")
-    how.add_argument("--quick", action="store_true", help="few runs and a wide interval")
-    together = "how many to hold in memory and time in turn (default: every --shape, one row of a grid)"
-    measure.add_argument("--together", type=count, metavar="N", help=together)
-    measure.add_argument("--cap-seconds", type=count, metavar="S", help="stop after so long, converged or not (default: 90)")
-    measure.add_argument("--grid", type=Path, metavar="CSV", help="time the rows of this file instead of --shape")
-    measure.add_argument("--record", type=Path, metavar="CSV", help="append each row to this file; skip what it holds already")
-
-    predict = add("predict", _predict, _show, "predict latency on a GPU", [request])
-    predict.add_argument("--shape", action="append", required=True, metavar="SHAPE", help=f"{what}; may be repeated")
-    predict.add_argument("--gpu", action="append", metavar="GPU", help=f"{', '.join(hardware.GPUS)} or this; may be repeated")
-    predict.add_argument("--mode", default="eager", metavar="MODE", help="eager, compiled or graph (default: %(default)s)")
-    predict.add_argument("--weight-bits", type=int, choices=BITS, default=16, help="(default: %(default)s)")
-    predict.add_argument("--kv-bits", type=int, choices=BITS, help="(default: 16)")
-    launch = "cost of dispatching one operation on the host, in microseconds, with its interval"
-    predict.add_argument("--host-launch-us", dest="host_launch_s", type=_interval, metavar="VALUE[,LOW,HIGH]", help=launch)
-
-    calibrate = add("calibrate", _calibrate, _show_calibration, "measure this machine for --gpu this")
-    calibrate.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
-    calibrate.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _interval(text: str) -> hardware.Estimate:
+def microseconds(text: str) -> hardware.Estimate:
+    """A cost as an option gives it, VALUE or VALUE,LOW,HIGH; in seconds."""
     try:
         numbers = [float(part) * 1e-6 for part in text.split(",")]
         value, low, high = numbers * 3 if len(numbers) == 1 else numbers
@@ -78,7 +28,7 @@ def _interval(text: str) -> hardware.Estimate:
         raise argparse.ArgumentTypeError(f"{text!r} is not a cost; {how}") from None
 
 
-def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time generation on this machine, each shape in a process of its own, in turn."""
     from tqdm import tqdm
 
@@ -146,7 +96,7 @@ def _result(m: Measurement) -> dict[str, Any]:
     return names | times | {name: value for name, value in row.items() if name not in names and name not in TIMES}
 
 
-def _predict(arguments: argparse.Namespace) -> dict[str, Any]:
+def predict(arguments: argparse.Namespace) -> dict[str, Any]:
     """Predict latency from a shape and a GPU's specifications."""
     from morphlib.latency import analytic, models
 
@@ -164,14 +114,15 @@ def _predict(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"results": results}
 
 
-def _calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
+def calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure bandwidth, matrix throughput and launch cost of this machine, for --gpu this. Takes less than a minute."""
     if sys.stderr.isatty():
         print("measuring bandwidth, throughput and launch cost, about half a minute", file=sys.stderr)
     return hardware.calibrate(arguments.device) | {"path": str(hardware.calibration_path())}
 
 
-def _show(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
+    """Print what was measured or predicted."""
     rows = result["results"]
     if not rows:
         print(f"nothing to time: all {result['skipped']} configurations are in the file already")
@@ -209,7 +160,8 @@ def _show_remarks(row: dict[str, Any]) -> None:
         print(f"{row['shape']}: {ratio['value']:.3f} times the first ({ratio['low']:.3f} to {ratio['high']:.3f})")
 
 
-def _show_calibration(result: dict[str, Any]) -> None:
+def show_calibration(result: dict[str, Any]) -> None:
+    """Print what was measured of this machine."""
     print(f"{result['hardware']}, stored in {result['path']}")
     for bits in (16, 32):
         for name, number in result[f"{bits}_bits"].items():

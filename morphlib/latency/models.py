@@ -14,12 +14,11 @@ import platform
 import re
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from morphlib.errors import InputError
 from morphlib.latency import DATA
@@ -35,7 +34,6 @@ INITIAL_STD = 0.02  # of random weights, whatever a configuration says
 LLAMA_2_POSITIONS = 4096  # max_position_embeddings of Llama-2-7b, kept by the authors' sweeps
 _TWO_MATRICES = {"opt", "gpt_neox", "gpt_neo"}  # in the feed-forward layer, where a Llama has three
 _UNSAFE_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"}
-_HIDDEN_VIEWS = ("aten::_unsafe_view", "aten::detach_")  # the schema of these does not say that they only name memory anew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,57 +292,6 @@ def dimensions(config: PretrainedConfig) -> dict[str, Any]:
         "d_ff": getattr(text, "ffn_dim", None) or sizes["d_ff"] or 4 * sizes["d_model"],
         "tied": bool(sizes["tied"]),
     }
-
-
-class Operations(NamedTuple):
-    """Operations of one decode step that do work, and apart from them the views, which only name memory anew.
-
-    ``per_layer`` and ``views_per_layer`` are means over the layers; the other two are what is left over.
-    """
-
-    per_layer: float
-    outside: int
-    views_per_layer: float
-    views_outside: int
-
-
-def count_operations(model: Model) -> Operations:
-    """The aten operations that the model dispatches for one token with a key-value cache, in bf16.
-
-    Counted from the model itself at its full size, on fake tensors of the CPU: every operation is dispatched as
-    on the CPU, and none computes. These are aten operations, not CUDA kernels, which only a trace on a GPU
-    shows. The forward pass alone is counted, without sampling, with the attention that transformers chooses.
-    """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from transformers.initialization import no_init_weights
-
-    counts: Counter[tuple[bool, bool]] = Counter()
-    now = {"in_layer": False}
-
-    class Counting(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "aten":  # fake tensors also ask for their device, which is no operation
-                counts[now["in_layer"], func.is_view or func.name() in _HIDDEN_VIEWS] += 1
-            return func(*args, **(kwargs or {}))
-
-    n_layers = dimensions(model.config)["n_layers"]
-    with FakeTensorMode(), no_init_weights(), torch.no_grad():
-        built: Any = model._built("bf16").eval()
-        lists = (m for m in built.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers)
-        for layer in next(lists):
-            layer.register_forward_pre_hook(lambda *_: now.update(in_layer=True))
-            layer.register_forward_hook(lambda *_: now.update(in_layer=False))
-        prompt, token = torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
-        cache = built(prompt, use_cache=True).past_key_values
-        with Counting():
-            built(token, past_key_values=cache, use_cache=True)
-
-    def of(views: bool) -> tuple[float, int]:
-        return counts[True, views] / n_layers, counts[False, views]
-
-    return Operations(*of(views=False), *of(views=True))
 
 
 def cpu_name() -> str:
