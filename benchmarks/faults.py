@@ -5,9 +5,10 @@ python benchmarks/faults.py --notebooks 03,04 --kills 20
 python benchmarks/faults.py --all             the whole book (smoke preset): hours
 
 Works in a clone of HEAD in a temporary folder. Two books are the same when their files are, byte by byte, after this is left
-out: made_of.json, with digests of the executed notebooks, in which stand the times of their cells; on the page of notebook 03
-the figure and the two numbers of the time and memory that fits took; of `--all` the pages of the notebooks that time this
-machine or train on it; searchindex.js, the words of those pages. Two clean builds are compared first: if they differ, it ends.
+out: made_of.json, with digests of the executed notebooks, in which stand the times of their cells; figures marked as live,
+results/live, the time and memory by which a page says how it was made, and of notebook 03 the two numbers of the time and
+memory that a fit took; of `--all` the pages of the notebooks that time this machine or train on it; searchindex.js, the words
+of those pages. Two clean builds are compared first: if they differ, it ends.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import yaml
 
 ROOT = Path(__file__).parent.parent
 PAGES = Path("_build/html")
-LEFT_OUT = re.compile(r"(made_of\.json|searchindex\.js|\.snakemake_timestamp|0[12789]_\w+\.html)")
-MEASURED = re.compile(  # how long fits took, in notebook 03
-    r'<figure><svg[^>]*aria-label="Two plots of time and memory.*?</figure>'
-    r'|[\d.]+</span> seconds and <span class="pasted-text">[\d.]+</span> MB',
-    flags=re.DOTALL,
+LEFT_OUT = re.compile(r"made_of\.json|searchindex\.js|\.snakemake_timestamp|results/live/.*|notebooks/0[12789]_\w+\.html")
+MEASURED = (
+    re.compile(r"<figure>(?:(?!</figure>).)*class=\"live\".*?</figure>", flags=re.DOTALL),
+    re.compile(r"<th scope='row'>time and memory</th><td>.*?</td>"),
+    re.compile(r'[\d.]+</span> seconds and <span class="pasted-text">[\d.,]+</span> MB'),
 )
 BUILD = [sys.executable, "-m", "morphlib.pipeline", "snakemake", "publish", "--cores", "all", "--quiet", "rules", "--config",
          "preset=smoke"]  # fmt: skip
@@ -70,10 +72,14 @@ class Clone:
         while True:
             gone = {Path(name).name for name in chapters} - {Path(name).name for name in left}
             refers = re.compile(rf"\{{doc\}}`[^`]*?({'|'.join(sorted(gone))})[`>]")
-            standing = [name for name in left if not refers.search(self._source(name))]
+            standing = [name for name in left if not (refers.search(text := self._source(name)) or "{{" in text)]
             if standing == left:
                 break
             left = standing
+        claims = pd.read_csv(self.folder / "book/claims.csv", dtype=str, keep_default_na=False)
+        known = [not {number for cell in row if (number := re.match(r"(\d\d)\w*:", cell)) and number[1] not in kept}
+                 for row in claims.itertuples(index=False)]  # fmt: skip
+        claims[known].to_csv(self.folder / "book/claims.csv", index=False)
         root = next(name for name in left if name.startswith("book/"))
         toc = {"format": "jb-book", "root": root, "chapters": [{"file": name} for name in left if name != root]}
         (self.folder / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
@@ -111,7 +117,9 @@ class Clone:
 
     def named(self) -> str:
         """The lines of the pipeline itself in the log of the last build: what it names."""
-        pattern = r"^(?:python -m morphlib\.pipeline \w+: .*|_build/.*(?:executed|built) again|.*Error in file .*)$"
+        pattern = (
+            r"^(?:python -m morphlib\.pipeline \w+: .*|_build/.*(?:executed|built) again|_build/.*removed|.*Error in file .*)$"
+        )
         lines = dict.fromkeys(re.findall(pattern, self.log(), flags=re.MULTILINE))
         return "; ".join(line.removeprefix("python -m morphlib.pipeline ") for line in lines)
 
@@ -121,14 +129,16 @@ class Clone:
 
     def book(self, at: Path = PAGES) -> dict[str, str]:
         """The files of a book and their digests, without what may differ (see above)."""
-        folder = self.folder / at
-        contents = {
-            path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not LEFT_OUT.fullmatch(path.name)
-        }
-        page = next((path for path in contents if path.name.startswith("03_") and path.suffix == ".html"), None)
-        if page:
-            contents[page] = MEASURED.sub("", contents[page].decode()).encode()
-        return {str(path.relative_to(folder)): hashlib.sha256(content).hexdigest() for path, content in contents.items()}
+        folder, book = self.folder / at, {}
+        for path in sorted(folder.rglob("*")):
+            name = str(path.relative_to(folder))
+            if path.is_file() and not LEFT_OUT.fullmatch(name):
+                content = path.read_bytes()
+                if path.suffix == ".html":
+                    for part in MEASURED:
+                        content = part.sub("", content.decode()).encode()
+                book[name] = hashlib.sha256(content).hexdigest()
+        return book
 
     def kernel(self, build: subprocess.Popen[str]) -> psutil.Process:
         """The kernel of a notebook that the build executes, two seconds after it came up."""
@@ -149,11 +159,14 @@ def change_a_number(text: str) -> str:
 
 def change_an_output(text: str) -> str:
     """The first digit of an output of an executed notebook is another."""
-    return re.sub(r'("text/plain": \[\s*"[^"\d]*)(\d)', lambda m: f"{m[1]}{(int(m[2]) + 1) % 10}", text, count=1)
+    return re.sub(r'(text/plain": (?:\[\s*)?"[^"\d]*)(\d)', lambda m: f"{m[1]}{(int(m[2]) + 1) % 10}", text, count=1)
 
 
 def edit(path: Path, change: Callable[[str], str]) -> None:
-    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    before = path.read_text(encoding="utf-8")
+    if (after := change(before)) == before:
+        raise SystemExit(f"{path}: nothing there to damage")
+    path.write_text(after, encoding="utf-8")
 
 
 def half(path: Path) -> None:
@@ -206,8 +219,12 @@ def faults(clone: Clone) -> dict[str, tuple[Callable[[], object], str | None]]:
         "a number changed in an executed notebook": (lambda: edit(executed, change_an_output), None),
         "the same, and a page of prose edited": (prose_too, None),
         "executed notebook deleted": (executed.unlink, None),
-        **({f"result file {path.name} corrupted": (lambda path=path: edit(path, change_a_number), None)
-            for path in sorted((clone.folder / "_build/smoke/tree").rglob("results/*.json"))[:1]}),
+        "a result file of the built book corrupted": (
+            lambda: edit(clone.folder / f"_build/smoke/html/results/{source.stem}.json", change_a_number), None),
+        "a result file of the published book corrupted": (
+            lambda: edit(clone.folder / PAGES / f"results/{source.stem}.json", change_a_number), None),
+        "an executed notebook of a chapter that is gone": (
+            lambda: shutil.copy(executed, executed.with_name("00_gone.ipynb")), None),
         "data table deleted": (table.unlink, None),
         "data table cut at half": (lambda: half(table), None),
         "a digit changed in a data table": (lambda: edit(table, change_a_number), None),

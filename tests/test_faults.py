@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from conftest import ROOT
-from morphlib import pipeline
+from morphlib import claims, pipeline
 from morphlib.errors import InputError
 
 pytestmark = pytest.mark.executes
@@ -25,6 +25,8 @@ SOURCES = {
     "_toc.yml": "{format: jb-book, root: book/introduction, chapters: [{file: notebooks/01_tiny}]}\n",
     "book/introduction.md": "# Tiny\n",
     "notebooks/presets.yml": "smoke:\n  01_tiny: {factor: 3}\n",
+    "book/claims.csv": f"{','.join(claims._COLUMNS)}\n",
+    "book/displays.csv": "display,shows,here,section,how\n",
     "morphlib/data/table.csv": "x\n14\n",
     ".gitignore": "/_build/\n/.snakemake/\n",
 }
@@ -66,6 +68,9 @@ def built(tmp_path_factory):
         nbformat.v4.new_markdown_cell("# Chapter"),
         nbformat.v4.new_code_cell("factor: int = 1", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(f"import pathlib\nimport time\n\n{wait}\n{read}"),
+        nbformat.v4.new_code_cell(
+            "from morphlib import report\n\nreport.glue(factor=factor)\nreport.provenance('01_tiny', globals())"
+        ),
     ]
     nbformat.write(book, folder / "notebooks/01_tiny.ipynb")
     for command in (
@@ -105,6 +110,7 @@ DAMAGE = {
     "no JSON object": (lambda: EXECUTED.write_text("[]"), {str(EXECUTED)}),
     "the notebook gone": (EXECUTED.unlink, set()),
     "a built page edited": (lambda: change(Path("_build/smoke/html") / PAGE, "value is 42", "value is 43"), set()),
+    "a result file corrupted": (lambda: change(Path("_build/smoke/html/results/01_tiny.json"), "3", "4"), set()),
     "a page of no chapter": (lambda: Path("_build/smoke/html/old.html").touch(), set()),
     "Snakemake's records cut off": (
         lambda: [half(path) for path in Path(".snakemake/metadata").iterdir()], {str(EXECUTED)}),
@@ -129,7 +135,7 @@ def test_what_is_damaged_is_named_and_goes_and_the_pages_with_it(copy, capsys, d
     assert set(re.findall(r"^(\S+): .*executed again$", named, flags=re.MULTILINE)) == executed_again
     assert named.count("\n") == 1
     assert not Path("_build/smoke/html").exists()
-    assert EXECUTED.exists() == (damage in ("a built page edited", "a page of no chapter"))
+    assert EXECUTED.exists() == (damage in ("a built page edited", "a result file corrupted", "a page of no chapter"))
     assert shown(copy) == ["42"]
 
 
