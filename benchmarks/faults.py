@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -144,9 +145,10 @@ class Clone:
         """The kernel of a notebook that the build executes, two seconds after it came up."""
         while build.poll() is None:
             for process in psutil.Process(build.pid).children(recursive=True):
-                if "ipykernel" in " ".join(process.cmdline()):
-                    time.sleep(2)
-                    return process
+                with suppress(psutil.Error):  # a process that just ended
+                    if "ipykernel" in " ".join(process.cmdline()):
+                        time.sleep(2)
+                        return process
             time.sleep(0.1)
         raise SystemExit(f"the build ended without a kernel:\n{self.log()[-3000:]}")
 
@@ -210,7 +212,7 @@ def faults(clone: Clone) -> dict[str, tuple[Callable[[], object], str | None]]:
         clone.kernel(build)
         process = psutil.Process(build.pid)
         if which == "Snakemake":
-            process = next(child for child in process.children() if "snakemake" in child.cmdline())
+            process = next(child for child in process.children() if "snakemake" in " ".join(child.cmdline()))
         process.kill()
         build.wait()
 
@@ -285,7 +287,11 @@ def others(clone: Clone, clean: dict[str, str], chosen: str) -> None:
         book = "same" if after == clean else "that of the changed source" if dirty and not code else "DIFFERENT"
         clone.git("checkout", "-q", "--", ".")
         shutil.rmtree(clone.folder / "_after", ignore_errors=True)
-        mended = f"exit {clone.build()}, {'same' if clone.book() == clean else 'DIFFERENT'}"
+        mended = (
+            "–"
+            if after == clean and not (code or dirty)
+            else f"exit {clone.build()}, {'same' if clone.book() == clean else 'DIFFERENT'}"
+        )
         print(f"| {name} | {code} | {said or 'nothing'} | {book} | {mended} |", flush=True)
 
 
