@@ -270,7 +270,7 @@ def kills(clone: Clone, clean: dict[str, str], seconds: float, number: int, chan
 def others(clone: Clone, clean: dict[str, str], chosen: str) -> None:
     print("\n| fault | exit | what it says | the book after it | mended and run again |\n|---|---|---|---|---|", flush=True)
     for name in faults(clone):
-        if chosen not in name:
+        if not re.search(chosen, name):
             continue
         inject, mount = faults(clone)[name]
         if mount and (os.geteuid() or not shutil.which("unshare")):
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--notebooks", default="03", help="numbers of the notebooks of the small book, with commas")
     parser.add_argument("--all", action="store_true", help="all notebooks, all pages")
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--only", default="", help="of the other faults those with these words in their name")
+    parser.add_argument("--only", default="", help="of the other faults those whose name matches")
     parser.add_argument("--seed", type=int, default=0, help="for the moments of the kills")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -380,7 +380,7 @@ def publish(pages: Path, output: Path) -> None:
     tree = pages.with_name("tree")
     if not are_whole(pages, tree):
         raise InputError(f"{pages}: not as it was built from the notebooks in {tree}; remove it, and it is built again")
-    if not are_whole(output, tree):
+    if _made_of(output, tree) != _made_of(pages, tree):
         with files.replacing(output, shutil.Error) as copied:
             shutil.copytree(pages, copied, ignore=shutil.ignore_patterns(TIMESTAMP))
 

@@ -1,5 +1,6 @@
 """What a fault does to a build, on a book of two pages. The campaign on the real one is benchmarks/faults.py."""
 
+import json
 import os
 import re
 import shutil
@@ -158,6 +159,14 @@ def test_a_published_page_that_was_edited_is_published_again(copy):
     pipeline.publish(Path("_build/smoke/html"), Path("_build/html"))
     assert shown(copy) == ["42"]
     assert not [path for path in Path("_build").iterdir() if "partial" in path.name or "old" in path.name]
+
+
+def test_other_pages_of_the_same_notebooks_are_published(copy):
+    tree, pages = Path("_build/smoke/tree"), Path("_build/smoke/html")
+    (pages / "new.html").touch()
+    (pages / pipeline.MADE_OF).write_text(json.dumps(pipeline._made_of(pages, tree)))
+    pipeline.publish(pages, Path("_build/html"))
+    assert Path("_build/html/new.html").exists()
 
 
 def test_a_changed_number_is_found_and_the_source_rules_whatever_its_time(copy):
