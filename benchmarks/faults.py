@@ -186,6 +186,7 @@ def faults(clone: Clone) -> dict[str, tuple[Callable[[], object], str | None]]:
     table = clone.folder / "morphlib/data/paper_runs.csv"
     page = f"notebooks/{source.stem}.html"
     records = clone.folder / ".snakemake/metadata"
+    contents = yaml.safe_load((clone.folder / "_toc.yml").read_text())
 
     def older() -> None:
         edit(table, change_a_number)
@@ -198,7 +199,7 @@ def faults(clone: Clone) -> dict[str, tuple[Callable[[], object], str | None]]:
 
     def prose_too() -> None:
         edit(executed, change_an_output)
-        edit(clone.folder / "book/how_a_page_is_made.md", lambda text: f"{text}\nMore.\n")
+        edit(clone.folder / f"{contents['root']}.md", lambda text: f"{text}\nMore.\n")
 
     def interrupted() -> None:
         title(source)

@@ -311,12 +311,12 @@ def _substitutions(tree: Path, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def record(notebooks: Path, output: Path) -> None:
     """Write the numbers of executed notebooks as those that are published. Every notebook has to be there, at one preset."""
-    _refuse_damaged(notebooks)
     found = results.read(notebooks)
     if missing := {path.stem for path in Path("notebooks").glob("*.ipynb")} - set(found):
         raise InputError(f"{notebooks}: lacks {', '.join(sorted(missing))}; execute all notebooks first, with make book")
     if any(result["preset"] != "laptop" for result in found.values()):
         raise InputError(f"{notebooks}: was not executed at the preset laptop, which is the one that is published")
+    _refuse_damaged(notebooks)
     kept = {name: {key: result[key] for key in ("numbers", "figures")} for name, result in found.items()}
     with files.replacing(output) as partial:
         partial.write_text(f"{files.to_json(kept, indent=1)}\n", encoding="utf-8")
