@@ -5,10 +5,10 @@ python benchmarks/faults.py --notebooks 03,04 --kills 20
 python benchmarks/faults.py --all             the whole book (smoke preset): hours
 
 Works in a clone of HEAD in a temporary folder. Two books are the same when their files are, byte by byte, after this is left
-out: made_of.json, with digests of the executed notebooks, in which stand the times of their cells; figures marked as live,
-results/live, the time and memory by which a page says how it was made, and of notebook 03 the two numbers of the time and
-memory that a fit took; of `--all` the pages of the notebooks that time this machine or train on it; searchindex.js, the words
-of those pages. Two clean builds are compared first: if they differ, it ends.
+out: made_of.json, with digests of the executed notebooks, in which stand the times of their cells; figures marked as live
+and results/live; the time, memory and commit by which a page says how it was made; in notebook 03 the two numbers of the time
+and memory that a fit took; of `--all` the pages of the notebooks that time this machine or train on it; searchindex.js, the
+words of those pages. Two clean builds are compared first: if they differ, it ends.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAGES = Path("_build/html")
 LEFT_OUT = re.compile(r"made_of\.json|searchindex\.js|\.snakemake_timestamp|results/live/.*|notebooks/0[12789]_\w+\.html")
 MEASURED = (
     re.compile(r"<figure>(?:(?!</figure>).)*class=\"live\".*?</figure>", flags=re.DOTALL),
-    re.compile(r"<th scope='row'>time and memory</th><td>.*?</td>"),
+    re.compile(r"<th scope='row'>(?:time and memory|commit)</th><td>.*?</td>"),
     re.compile(r'[\d.]+</span> seconds and <span class="pasted-text">[\d.,]+</span> MB'),
 )
 BUILD = [sys.executable, "-m", "morphlib.pipeline", "snakemake", "publish", "--cores", "all", "--quiet", "rules", "--config",
@@ -64,7 +64,7 @@ class Clone:
     def _reduce(self, kept: list[str]) -> None:
         """Leave these notebooks, and of the contents what refers to no other; the first such page is the root."""
         contents = yaml.safe_load((self.folder / "_toc.yml").read_text())
-        chapters = [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
+        chapters = [contents["root"], *re.findall(r"file: (\S+)", yaml.safe_dump(contents["parts"]))]
         left = [
             name
             for name in chapters
