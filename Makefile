@@ -6,6 +6,7 @@
 # make notebook NB=03 P="exponents=free"  one notebook with parameters of your own, and its page, under _build/own
 # make diff   what changed between the published numbers and those just computed, and which verdicts moved
 # make published  record the numbers just computed as the published ones; they are committed with the change that moved them
+# make faults  kill the build at ten moments, damage its files, fill its disk; a table of what happened (half an hour)
 # They install what they need into .venv first. PYTHON and PRESET can be set: make book PRESET=smoke.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ AFTER ?= _build/$(PRESET)/tree/notebooks
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: book zip test latency study notebook diff published lock clean
+.PHONY: book zip test latency study notebook diff published faults lock clean
 
 book: $(VENV)/installed
 	@python -m morphlib.pipeline snakemake publish --cores all --quiet rules --config preset=$(PRESET)
@@ -51,6 +52,9 @@ diff: $(VENV)/installed
 
 published: $(VENV)/installed
 	@python -m morphlib.pipeline record _build/laptop/tree/notebooks morphlib/data/published.json
+
+faults: $(VENV)/installed
+	@python benchmarks/faults.py
 
 # The stamp is written last, so that an interrupted installation is taken up again.
 $(VENV)/installed: requirements.lock pyproject.toml

@@ -19,6 +19,10 @@ CODE = [str(path) for path in PACKAGE if path.suffix in (".py", ".mplstyle", ".t
 DATA = [str(path) for path in PACKAGE if path.is_relative_to("morphlib/data") and not path.name.startswith(".")]
 TIMING = ("01_latency_motivation", "02_latency_and_shape", "09_morph1b_evaluation")  # they measure, and must be alone on the machine
 OWN_ROWS = Path("_build/own_latency.csv")  # what `make latency` measured
+PAGES = ["_config.yml", "_toc.yml", "pyproject.toml", *sorted(
+    str(path) for path in [*Path("morphlib").rglob("*"), *Path("book").rglob("*")]
+    if path.is_file() and (path.name in PAGES_ONLY or path.is_relative_to("book"))
+)]
 
 STUDY_PLAN = config.get("plan", "morphlib/data/study_plan.csv")
 STUDY_TABLE = config.get("table", "morphlib/data/small_runs.csv")
@@ -26,6 +30,16 @@ CORPUS = str(files.home() / "corpus/manifest.json")
 
 if PRESET not in PRESETS:
     raise WorkflowError(f"no preset {PRESET!r} in notebooks/presets.yml; choose one of {', '.join(PRESETS)}")
+
+
+def read_by(notebook):
+    """What an executed notebook is made from, beside its parameters."""
+    own = [str(OWN_ROWS)] if notebook in TIMING and OWN_ROWS.exists() else []
+    return [*CODE, *DATA, *own, f"notebooks/{notebook}.ipynb"]
+
+
+# Contents as parameters of the rules, for a file may change without a newer time, or while it is read.
+CONTENT = {notebook: files.digest(read_by(notebook)) for notebook in NOTEBOOKS} | {"pages": files.digest(PAGES)}
 
 
 wildcard_constraints:
@@ -40,27 +54,22 @@ rule book:
 
 
 rule publish:
-    """The book that a reader opens: the pages of the chosen preset."""
+    """The book that a reader opens: the pages of the chosen preset. Without an output, so that it looks at them every time."""
     input:
         f"_build/{PRESET}/html",
-    output:
-        update(directory("_build/html")),
-    params:
-        preset=PRESET,
     shell:
-        "python -m morphlib.pipeline publish {input} {output}"
+        "python -m morphlib.pipeline publish {input} _build/html"
 
 
 rule execute:
-    """One notebook, executed; update() keeps a good page when a new run fails."""
+    """One notebook, executed. What lay there is removed before: when the new run fails, nothing old can be taken for it."""
     input:
-        CODE,
-        DATA,
-        lambda wildcards: [str(OWN_ROWS)] if wildcards.notebook in TIMING and OWN_ROWS.exists() else [],
+        lambda wildcards: read_by(wildcards.notebook),
         notebook="notebooks/{notebook}.ipynb",
     output:
-        update("_build/{preset}/tree/notebooks/{notebook}.ipynb"),
+        "_build/{preset}/tree/notebooks/{notebook}.ipynb",
     params:
+        content=lambda wildcards: CONTENT[wildcards.notebook],
         parameters=lambda wildcards: PRESETS[wildcards.preset].get(wildcards.notebook, {}),
     threads: lambda wildcards: workflow.cores if wildcards.notebook in TIMING else 1
     shell:
@@ -70,14 +79,12 @@ rule execute:
 rule html:
     """The pages of one preset."""
     input:
-        "_config.yml",
-        "_toc.yml",
-        "pyproject.toml",
-        [str(path) for path in Path("morphlib").rglob("*") if path.name in PAGES_ONLY],
-        sorted(str(path) for path in Path("book").rglob("*") if path.is_file()),
+        PAGES,
         expand("_build/{{preset}}/tree/notebooks/{notebook}.ipynb", notebook=NOTEBOOKS),
     output:
         directory("_build/{preset}/html"),
+    params:
+        content=CONTENT["pages"],
     shell:
         "python -m morphlib.pipeline book _build/{wildcards.preset}/tree {output}"
 

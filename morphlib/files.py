@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, as hexadecimal digits; the file may be larger than the memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(paths: Iterable[str]) -> str:
+    """One SHA-256 for several files, of their names and contents."""
+    return hashlib.sha256("".join(f"{path} {sha256(Path(path))}\n" for path in paths).encode()).hexdigest()
 
 
 def commit() -> str:
@@ -51,8 +56,10 @@ def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+def locked(path: Path, busy: str | None = None) -> Iterator[int]:
     """Holds a file against other processes, for as long as the context or this process lasts.
+
+    Gives the file's descriptor: a process that inherits it holds the file too.
 
     Where another process holds it, waits, or with ``busy`` raises an ``InputError`` that says so. Raises it as `writing` too.
     """
@@ -66,7 +73,7 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
             raise InputError(str(busy)) from None
-        yield
+        yield file.fileno()
 
 
 def replace_folder(source: Path, destination: Path) -> None:

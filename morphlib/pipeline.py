@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,9 @@ import yaml
 from morphlib import claims, files, results, tables
 from morphlib.errors import InputError
 
+MADE_OF = "made_of.json"  # in built pages: what they are, and what they were made of
+REFUSED = "MORPH_REFUSED"  # names, to the steps of a run, the file for what they refuse
+TIMESTAMP = ".snakemake_timestamp"  # Snakemake's, in a folder it made
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -98,7 +105,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
     """Execute a notebook with papermill; ``output`` appears only when every cell has run.
 
     Until then the notebook grows in a file beside it, ``NAME.partial.ipynb``, which is kept when a
-    cell fails. The parameters are checked before a kernel starts.
+    cell fails. The parameters are checked before a kernel starts. The whole notebook carries a digest
+    of itself (`is_whole`).
     """
     check_parameters(notebook, parameters)
     import papermill  # two seconds, and only needed here
@@ -111,7 +119,99 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
         raise InputError(
             f"{notebook}: cell {error.exec_count} failed with {error.ename}: {error.evalue}; what ran is in {partial}"
         ) from None
+    except RuntimeError as error:  # cells run in a process of their own: this is about that process
+        raise InputError(f"{notebook}: its kernel died ({error}); see that there is memory, and run it again") from None
+    content = json.loads(partial.read_text(encoding="utf-8"))
+    content["metadata"]["morphlib"] = {"sha256": _digest(content)}
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
     partial.replace(output)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """The digest of an executed notebook, of all but the digest it carries."""
+    metadata = {key: value for key, value in content["metadata"].items() if key != "morphlib"}
+    return hashlib.sha256(json.dumps({**content, "metadata": metadata}, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole(executed: Path) -> bool:
+    """Whether an executed notebook is, to the letter, what `execute` wrote."""
+    try:
+        content = json.loads(executed.read_text(encoding="utf-8"))
+        return content["metadata"]["morphlib"]["sha256"] == _digest(content)
+    except (OSError, ValueError, KeyError, TypeError):  # cut off, or no notebook of ours
+        return False
+
+
+def _executed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.ipynb") if not path.name.endswith(".partial.ipynb"))
+
+
+def _refuse_damaged(folder: Path) -> None:
+    for path in _executed(folder):
+        if not is_whole(path):
+            raise InputError(f"{path}: is not what its execution wrote; remove it, and it is executed again")
+
+
+def _made_of(pages: Path, tree: Path) -> dict[str, dict[str, str]]:
+    """The digests of the files of built pages, and of the executed notebooks that they show."""
+    own = (path for path in sorted(pages.rglob("*")) if path.is_file() and path.name not in (MADE_OF, TIMESTAMP))
+    return {
+        "pages": {str(path.relative_to(pages)): files.sha256(path) for path in own},
+        "notebooks": {path.name: files.sha256(path) for path in _executed(tree / "notebooks")},
+    }
+
+
+def are_whole(pages: Path, tree: Path) -> bool:
+    """Whether built pages are as `build_book` left them, and show the executed notebooks that lie in ``tree`` now."""
+    try:
+        return json.loads((pages / MADE_OF).read_text(encoding="utf-8")) == _made_of(pages, tree)
+    except (OSError, ValueError):
+        return False
+
+
+def discard_damaged(build: Path, records: Path = Path(".snakemake/metadata")) -> None:
+    """Remove, and name, what is not as the pipeline left it under ``build``, so that Snakemake makes it anew.
+
+    Snakemake looks at times, not at contents, and where its own ``records`` are gone it takes every output for good.
+    """
+    known = _readable(records)
+    for tree in sorted(build.glob("*/tree")):
+        pages = tree.with_name("html")
+        damaged = []
+        for path in _executed(tree / "notebooks"):
+            if not Path("notebooks", path.name).exists():
+                why = "is of no notebook any more; it is removed"
+            elif not known:
+                why = "has no readable record of what it was made from; it is executed again"
+            elif not is_whole(path):
+                why = "is not what its execution wrote; it is executed again"
+            else:
+                continue
+            print(f"{path}: {why}", file=sys.stderr)
+            damaged.append(path)
+            path.unlink()
+        if pages.exists() and not (known and are_whole(pages, tree)):
+            if not damaged:
+                print(f"{pages}: not as it was built from these notebooks; it is built again", file=sys.stderr)
+            shutil.rmtree(pages)
+
+
+def _readable(records: Path) -> bool:
+    found = [path for path in records.rglob("*") if path.is_file()]
+    try:
+        return bool(found) and all(json.loads(path.read_text(encoding="utf-8")) for path in found)
+    except ValueError:
+        return False
+
+
+def check_sources() -> None:
+    """Refuse to start where a file of the checkout is gone, or the presets are none."""
+    command = ["git", "ls-files", "--deleted", "--", "morphlib", "notebooks", "book", "_config.yml", "_toc.yml"]
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no checkout: then nobody knows
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        if gone := done.stdout.split("\n")[:-1]:
+            raise InputError(f"{', '.join(gone)}: deleted; bring it back with git checkout, or take it out with git rm")
+    read_presets(Path("notebooks/presets.yml"))
 
 
 def repository_url(pyproject: Path) -> str | None:
@@ -140,8 +240,9 @@ def build_book(tree: Path, output: Path, only: str | None = None) -> None:
     Every page is built anew, nitpicking on, and a warning is an error. What pages say of several notebooks is made from the
     results in them: numbers, named figures and the ledger of claims. The results lie beside the pages, those that were
     measured live in a folder of their own. With ``only`` the page of that one notebook is built, whose links to other pages
-    lead nowhere.
+    lead nowhere. An executed notebook that is not as its execution left it is refused.
     """
+    _refuse_damaged(tree / "notebooks")
     found = results.read(tree / "notebooks")
     shutil.rmtree(tree / "book", ignore_errors=True)
     shutil.copytree("book", tree / "book")
@@ -154,6 +255,7 @@ def build_book(tree: Path, output: Path, only: str | None = None) -> None:
         (tree / "_toc.yml").write_text(f"format: jb-book\nroot: notebooks/{only}\n", encoding="utf-8")
     (tree / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     work = tree.with_name(f"{tree.name}-build")
+    shutil.rmtree(work, ignore_errors=True)  # what a kill left: a page of it may be of no chapter any more
     jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
     strict = ["-n", "-W", "--keep-going"] if only is None else ["--quiet", "--quiet"]
     command = [jupyter_book, "build", str(tree), "--path-output", str(work), "--all", *strict]
@@ -168,6 +270,7 @@ def build_book(tree: Path, output: Path, only: str | None = None) -> None:
             (html / folder / f"{name}.json").write_text(f"{files.to_json(kept, indent=1)}\n", encoding="utf-8")
     for page in html.rglob("*.html"):
         page.write_text(for_readers(page.read_text(encoding="utf-8")), encoding="utf-8")
+    (html / MADE_OF).write_text(json.dumps(_made_of(html, tree), indent=1), encoding="utf-8")
     files.replace_folder(html, output)
     shutil.rmtree(work)
 
@@ -213,6 +316,7 @@ def record(notebooks: Path, output: Path) -> None:
         raise InputError(f"{notebooks}: lacks {', '.join(sorted(missing))}; execute all notebooks first, with make book")
     if any(result["preset"] != "laptop" for result in found.values()):
         raise InputError(f"{notebooks}: was not executed at the preset laptop, which is the one that is published")
+    _refuse_damaged(notebooks)
     kept = {name: {key: result[key] for key in ("numbers", "figures")} for name, result in found.items()}
     with files.replacing(output) as partial:
         partial.write_text(f"{files.to_json(kept, indent=1)}\n", encoding="utf-8")
@@ -271,17 +375,35 @@ def zip_book(html: Path, output: Path) -> None:
             archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
+def publish(pages: Path, output: Path) -> None:
+    """Copy built pages to where readers open them, whole or not at all; nothing where they are the same."""
+    tree = pages.with_name("tree")
+    if not are_whole(pages, tree):
+        raise InputError(f"{pages}: not as it was built from the notebooks in {tree}; remove it, and it is built again")
+    if _made_of(output, tree) != _made_of(pages, tree):
+        with files.replacing(output, shutil.Error) as copied:
+            shutil.copytree(pages, copied, ignore=shutil.ignore_patterns(TIMESTAMP))
+
+
 def run_snakemake(arguments: Sequence[str]) -> int:
     """Run Snakemake, one at a time in this folder.
 
     Snakemake's own lock outlives a process that is killed; this one is held by the operating system
-    and ends with it.
+    and ends with it. Snakemake holds it too, for the case that only this process is killed. What a step
+    refused is raised again at the end, where Snakemake's own words bury it.
     """
-    with files.locked(Path("_build/lock"), "another build runs in this folder; wait until it has ended"):
+    with files.locked(Path("_build/lock"), "another build runs in this folder; wait until it has ended") as lock:
+        discard_damaged(Path("_build"))
         command = [sys.executable, "-m", "snakemake", "--nolock", "--rerun-incomplete", *arguments]
         # the rules call python: this one, whether or not its environment is activated
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        return subprocess.run(command, check=False, env=environment).returncode
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        with tempfile.TemporaryDirectory() as folder:
+            refused = Path(folder) / "refused"
+            environment = os.environ | {"PATH": path, REFUSED: str(refused)}
+            code = subprocess.run(command, check=False, env=environment, pass_fds=[lock]).returncode
+            if code and refused.exists():
+                raise InputError(refused.read_text(encoding="utf-8").removesuffix("\n"))
+            return code
 
 
 def _execute_with_preset(notebook: Path, output: Path, presets_file: Path, preset: str, own: Sequence[Sequence[str]]) -> None:
@@ -316,6 +438,17 @@ def own_page(notebook: Path, presets: Path, preset: str, parameters: str) -> Pat
     return folder / "html/notebooks" / f"{notebook.stem}.html"
 
 
+def _step(parsed: argparse.Namespace) -> None:
+    """A step of a build, alone with its output: one whose Snakemake was killed may still run, and is waited for."""
+    with files.locked(parsed.output.with_name(f".{parsed.output.name}.lock")):
+        if parsed.command == "execute":
+            _execute_with_preset(parsed.notebook, parsed.output, parsed.presets, parsed.preset, parsed.parameter)
+        elif parsed.command == "publish":
+            publish(parsed.pages, parsed.output)
+        else:
+            build_book(parsed.tree, parsed.output)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m morphlib.pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -334,9 +467,9 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("after", type=Path)
     recorder = commands.add_parser("record", help="record the numbers of executed notebooks as the published ones")
     book = commands.add_parser("book", help="build the book from a tree of executed notebooks")
-    publish = commands.add_parser("publish", help="copy built pages to where readers open them, whole or not at all")
+    copy = commands.add_parser("publish", help="copy built pages to where readers open them, whole or not at all")
     archive = commands.add_parser("zip", help="pack built pages into one file to hand on")
-    sources = ((one, "notebook"), (book, "tree"), (publish, "pages"), (archive, "pages"), (recorder, "notebooks"))
+    sources = ((one, "notebook"), (book, "tree"), (copy, "pages"), (archive, "pages"), (recorder, "notebooks"))
     for command, source in sources:
         command.add_argument(source, type=Path)
         command.add_argument("output", type=Path)
@@ -350,28 +483,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         if parsed.command == "snakemake":
+            check_sources()
             return run_snakemake(others)
-        if parsed.command == "execute":
-            _execute_with_preset(parsed.notebook, parsed.output, parsed.presets, parsed.preset, parsed.parameter)
-        elif parsed.command == "notebook":
+        if parsed.command == "notebook":
             page = own_page(notebook_named(parsed.notebook), parsed.presets, parsed.preset, parsed.parameters)
             print(f"The page: {page.resolve()}")
         elif parsed.command == "diff":
             print(difference(parsed.before, parsed.after))
         elif parsed.command == "record":
             record(parsed.notebooks, parsed.output)
-        elif parsed.command == "publish":
-            copied = parsed.output.with_name(f"{parsed.output.name}.partial")
-            shutil.copytree(parsed.pages, copied, dirs_exist_ok=True)
-            files.replace_folder(copied, parsed.output)
         elif parsed.command == "zip":
             if not (parsed.pages / "index.html").exists():
                 raise InputError(f"{parsed.pages}: holds no book; call make book first")
             zip_book(parsed.pages, parsed.output)
         else:
-            build_book(parsed.tree, parsed.output)
-    except InputError as error:
-        print(f"{parser.prog} {parsed.command}: {error}", file=sys.stderr)
+            _step(parsed)
+    except (InputError, OSError) as error:  # a full disk, a file that is gone: both say which
+        line = f"{parsed.command}: {' '.join(str(error).splitlines())}"
+        print(f"{parser.prog} {line}", file=sys.stderr)
+        if refused := os.environ.get(REFUSED):
+            with suppress(OSError), Path(refused).open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
         return 2
     return 0
 
