@@ -149,11 +149,11 @@ def test_a_phone_needs_no_sideways_scrolling(page):
 
 
 # axe takes a while for each of thousands of elements. It is given all that is folded away, and a little of what repeats:
-# a figure as the one picture that it is to whom cannot see it, four rows of a table, of code each colour once.
+# a figure as the one picture that it is to whom cannot see it, two rows of a table, of code each colour once.
 ONE_OF_EACH = """() => {
     document.querySelectorAll("details").forEach((details) => (details.open = true));
     document.querySelectorAll(".bd-article svg[role=img]").forEach((figure) => figure.replaceChildren());
-    document.querySelectorAll("tbody tr:nth-child(n + 5)").forEach((row) => row.remove());
+    document.querySelectorAll("tbody tr:nth-child(n + 3)").forEach((row) => row.remove());
     const seen = new Set();
     document.querySelectorAll("pre span").forEach((span) => {
         const kind = span.className + " in " + span.closest("div[class*=highlight]")?.className;
