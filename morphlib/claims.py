@@ -88,7 +88,10 @@ def _number(text: str, numbers: Numbers, claim: str) -> float:
         found = [values for stem, values in numbers.items() if stem == notebook or stem.startswith(f"{notebook}_")]
         if not any(name in values for values in found):
             raise InputError(f"the claim {claim!r} rests on {text}, which no notebook hands over; mend book/claims.csv")
-        text = str(next(values[name] for values in found if name in values))
+        value = next(values[name] for values in found if name in values)
+        if value is None:
+            raise InputError(f"the claim {claim!r} rests on {text}, which has no value; see what its notebook made it from")
+        text = str(value)
     leading = re.match(r"[-+−]?\d+(\.\d+)?(e[-+]?\d+)?", text)
     if not leading:
         raise InputError(f"the claim {claim!r} rests on {text!r}, which is no number; mend book/claims.csv")

@@ -30,6 +30,7 @@ from morphlib import claims, files, results, tables
 from morphlib.errors import InputError
 
 MADE_OF = "made_of.json"  # in built pages: what they are, and what they were made of
+BUILD_BYTES = 100e6  # what pages and MathJax take while they are built, and as much again
 REFUSED = "MORPH_REFUSED"  # names, to the steps of a run, the file for what they refuse
 TIMESTAMP = ".snakemake_timestamp"  # Snakemake's, in a folder it made
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
@@ -243,6 +244,8 @@ def build_book(tree: Path, output: Path, only: str | None = None) -> None:
     lead nowhere. An executed notebook that is not as its execution left it is refused.
     """
     _refuse_damaged(tree / "notebooks")
+    if shutil.disk_usage(tree).free < BUILD_BYTES:
+        raise InputError(f"{tree}: less than {BUILD_BYTES / 1e6:.0f} MB are left on its disk; make room, and build again")
     found = results.read(tree / "notebooks")
     shutil.rmtree(tree / "book", ignore_errors=True)
     shutil.copytree("book", tree / "book")

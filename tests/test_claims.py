@@ -73,7 +73,7 @@ def test_numbers_in_texts_are_read():
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [({"04_b": {"x": 1.0}}, "no notebook hands over"), ({"03_a": {"y": 1.0}}, "no notebook hands over"),
-     ({"03_a": {"x": "none"}}, "which is no number"), ({"03_a": {"x": None}}, "which is no number")],
+     ({"03_a": {"x": "none"}}, "which is no number"), ({"03_a": {"x": None}}, "which has no value")],
 )  # fmt: skip
 def test_a_missing_number_stops_the_build(numbers, message):
     with pytest.raises(InputError, match=message):

@@ -256,3 +256,10 @@ def test_a_full_disk_is_named_and_the_book_stays(copy):
     assert code == 2
     assert "No space left on device" in errors.splitlines()[-1]
     assert shown(copy) == ["42"]
+
+
+def test_a_book_is_not_begun_without_room_for_it(copy, monkeypatch):
+    monkeypatch.setattr(pipeline, "BUILD_BYTES", 2.0 * shutil.disk_usage(copy).total)
+    with pytest.raises(InputError, match="are left on its disk; make room"):
+        pipeline.build_book(Path("_build/smoke/tree"), Path("_build/smoke/html"))
+    assert shown(copy) == ["42"]
