@@ -265,7 +265,7 @@ def build_book(tree: Path, output: Path, only: str | None = None) -> None:
     if subprocess.run(command, check=False).returncode:
         raise InputError(f"the book in {tree} has warnings or errors, shown above; mend the pages they name")
     html = work / "_build" / "html"
-    _prune_mathjax(html / "_static" / "mathjax")
+    _prune(html / "_static")
     for name, result in found.items():
         for folder, kinds in (("results", ("numbers", "figures")), ("results/live", ("live",))):
             (html / folder).mkdir(exist_ok=True)
@@ -361,11 +361,13 @@ def notebook_named(prefix: str) -> Path:
     return chapters[0]
 
 
-def _prune_mathjax(folder: Path) -> None:
-    """Leave what a page loads: the TeX-to-HTML bundle, its fonts and the TeX extensions it loads by name."""
-    keep = (folder / "tex-chtml.js", folder / "output" / "chtml" / "fonts", folder / "input" / "tex" / "extensions")
-    for path in list(folder.rglob("*")):
-        if path.is_file() and not any(path.is_relative_to(kept) for kept in keep):
+def _prune(static: Path) -> None:
+    """Leave what a page loads: of MathJax the TeX-to-HTML bundle, its fonts and the extensions loaded by name; no source maps."""
+    mathjax = static / "mathjax"
+    keep = (mathjax / "tex-chtml.js", mathjax / "output/chtml/fonts", mathjax / "input/tex/extensions")
+    for path in list(static.rglob("*")):
+        unused = path.is_relative_to(mathjax) and not any(path.is_relative_to(kept) for kept in keep)
+        if path.is_file() and (unused or path.suffix == ".map"):
             path.unlink()
 
 
