@@ -362,7 +362,7 @@ def notebook_named(prefix: str) -> Path:
 
 
 def _prune(static: Path) -> None:
-    """Leave what a page loads: of MathJax the TeX-to-HTML bundle, its fonts and the extensions loaded by name; no source maps."""
+    """Leave what a page loads: of MathJax the TeX-to-HTML bundle, fonts and the extensions loaded by name; no source maps."""
     mathjax = static / "mathjax"
     keep = (mathjax / "tex-chtml.js", mathjax / "output/chtml/fonts", mathjax / "input/tex/extensions")
     for path in list(static.rglob("*")):
