@@ -86,7 +86,7 @@ def plain(book, tmp_path_factory) -> Path:
     """The tree of the book, whose repository now has an address, built by Sphinx alone."""
     tree, html = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("html")
     shutil.copytree(book.with_name("tree"), tree, dirs_exist_ok=True)
-    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config = yaml.safe_load((tree / "_config.yml").read_text())
     (tree / "_config.yml").write_text(yaml.safe_dump(pipeline.book_configuration(config, "https://github.com/someone/book")))
     programs = Path(sys.executable).parent
     for command in (["jupyter-book", "config", "sphinx", tree], ["sphinx-build", "-q", "-n", "-W", "-b", "html", tree, html]):

@@ -24,6 +24,11 @@
     table.tBodies[0].append(...valued.map(([, row]) => row));
   };
 
+  // the theme's arrows that open the sections of a chapter have no name
+  for (const arrow of document.querySelectorAll(".bd-sidenav summary")) {
+    arrow.setAttribute("aria-label", `Sections of ${arrow.closest("li").querySelector("a").textContent.trim()}`);
+  }
+
   for (const table of document.querySelectorAll("table.sortable")) {
     const original = [...table.tBodies[0].rows];
     for (const head of table.tHead.rows[table.tHead.rows.length - 1].cells) {
