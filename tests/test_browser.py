@@ -154,6 +154,8 @@ ONE_OF_EACH = """() => {
     document.querySelectorAll("details").forEach((details) => (details.open = true));
     document.querySelectorAll(".bd-article svg[role=img]").forEach((figure) => figure.replaceChildren());
     document.querySelectorAll("tbody tr:nth-child(n + 3)").forEach((row) => row.remove());
+    for (const section of document.querySelectorAll("section"))  // of the functions of a module
+        [...section.querySelectorAll(":scope > dl.py")].slice(2).forEach((one) => one.remove());
     const seen = new Set();
     document.querySelectorAll("pre span").forEach((span) => {
         const kind = span.className + " in " + span.closest("div[class*=highlight]")?.className;
