@@ -9,7 +9,7 @@ Initialization, as Open-LM: normal, cut at three standard deviations; 1 / sqrt(f
 matrices that write to the residual stream divided by sqrt(2 (layer + 1)), layers counted from 0. Embedding and head:
 1 / sqrt(width).
 
-Source: ``open_lm/model.py``, ``norms.py`` and ``positional_embedding/rotary.py`` of mlfoundations/open_lm@9bb92ef.
+Source: ``open_lm/model.py``, ``norms.py`` and ``positional_embedding/rotary.py`` of ``mlfoundations/open_lm@9bb92ef``.
 """
 
 from __future__ import annotations

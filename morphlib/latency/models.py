@@ -167,7 +167,7 @@ def _refusing(what: str, advice: str) -> Iterator[None]:
 def config_of(shape: Shape) -> PretrainedConfig:
     """The configuration of Llama-2-7b with the sizes of the shape, as in the authors' latency sweeps.
 
-    Raises ``InputError`` for a head size that is odd. Source: open-lm-morph@1872be3
+    Raises ``InputError`` for a head size that is odd. Source: ``open-lm-morph@1872be3``
     ``inference/measure_latency_variants_hf_1b.py``; theirs have Llama's vocabulary of 32000 and untied tables.
     """
     from transformers import LlamaConfig
