@@ -6,7 +6,6 @@ holds. So a verdict is computed, and changes with its number. Live measurements 
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -18,12 +17,13 @@ import pandas as pd
 from morphlib.errors import InputError
 
 VERDICTS = ("reproduced", "reproduced with a caveat", "not supported", "cannot be checked here")
+REPRODUCED, WITH_A_CAVEAT, NOT_SUPPORTED, UNCHECKED = VERDICTS
 RELATIONS = {
     "equals": lambda number, value, tolerance: abs(number - value) <= tolerance,
     "at least": lambda number, value, tolerance: number >= value - tolerance,
     "at most": lambda number, value, tolerance: number <= value + tolerance,
-    "more than": lambda number, value, _: operator.gt(number, value),
-    "less than": lambda number, value, _: operator.lt(number, value),
+    "more than": lambda number, value, _: number > value,
+    "less than": lambda number, value, _: number < value,
 }
 _COLUMNS = ("claim", "source", "paper", "number", "relation", "value", "tolerance", "shown",
             "caveat", "caveat_number", "caveat_relation", "caveat_value", "needs", "section")  # fmt: skip
@@ -45,6 +45,8 @@ def read(path: Path) -> pd.DataFrame:
             raise InputError(f"{where}: lacks its claim, source, paper or section; fill them in")
         if row["number"] and row["relation"] not in RELATIONS:
             raise InputError(f"{where}: relation is {row['relation']!r}; write one of {', '.join(RELATIONS)}")
+        if row["tolerance"] and not re.fullmatch(r"\d+(\.\d+)?", row["tolerance"]):
+            raise InputError(f"{where}: tolerance is {row['tolerance']!r}; write a number, or nothing")
         if not row["number"] and not row["needs"]:
             raise InputError(f"{where}: names neither a number nor what a check would need; write one of them")
         if row["caveat_number"] and (row["caveat_relation"] not in RELATIONS or not row["caveat"]):
@@ -62,14 +64,14 @@ def judge(stated: pd.DataFrame, numbers: Numbers) -> pd.DataFrame:
     rows = []
     for row in stated.to_dict("records"):
         if not row["number"]:
-            rows.append(row | {"ours": "", "against": "", "verdict": VERDICTS[3]})
+            rows.append(row | {"ours": "", "against": "", "verdict": UNCHECKED})
             continue
         holds = _holds(row["number"], row["relation"], row["value"], row["tolerance"], numbers, row["claim"])
         held = row["caveat"] and (
             not row["caveat_number"]
             or _holds(row["caveat_number"], row["caveat_relation"], row["caveat_value"], "", numbers, row["claim"])
         )
-        verdict = VERDICTS[2] if not holds else VERDICTS[1] if held else VERDICTS[0]
+        verdict = NOT_SUPPORTED if not holds else WITH_A_CAVEAT if held else REPRODUCED
         ours, against = (format(_number(row[key], numbers, row["claim"]), row["shown"]) for key in ("number", "value"))
         found = {"ours": ours, "against": against if ":" in row["value"] else row["value"], "verdict": verdict}
         rows.append(row | found | {"caveat": row["caveat"] if held else ""})
@@ -102,7 +104,7 @@ def page(ledger: pd.DataFrame) -> str:
     """The ledger as a table for the page, its rows linked to the section that shows each."""
     rows = []
     for place, row in enumerate(ledger.to_dict("records"), 1):
-        why = row["needs"] if row["verdict"] == VERDICTS[3] else row["caveat"] if row["verdict"] != VERDICTS[0] else ""
+        why = {UNCHECKED: row["needs"], REPRODUCED: ""}.get(row["verdict"], row["caveat"])
         file, _, anchor = row["section"].partition("#")
         tolerance = f" ± {row['tolerance']}" if row["tolerance"] else ""
         mark = f"<strong class='verdict verdict-{VERDICTS.index(row['verdict'])}'>{row['verdict']}</strong>"

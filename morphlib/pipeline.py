@@ -9,6 +9,7 @@ import argparse
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -143,12 +144,8 @@ def is_whole(executed: Path) -> bool:
         return False
 
 
-def _executed(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.ipynb") if not path.name.endswith(".partial.ipynb"))
-
-
 def _refuse_damaged(folder: Path) -> None:
-    for path in _executed(folder):
+    for path in results.executed(folder):
         if not is_whole(path):
             raise InputError(f"{path}: is not what its execution wrote; remove it, and it is executed again")
 
@@ -158,7 +155,7 @@ def _made_of(pages: Path, tree: Path) -> dict[str, dict[str, str]]:
     own = (path for path in sorted(pages.rglob("*")) if path.is_file() and path.name not in (MADE_OF, TIMESTAMP))
     return {
         "pages": {str(path.relative_to(pages)): files.sha256(path) for path in own},
-        "notebooks": {path.name: files.sha256(path) for path in _executed(tree / "notebooks")},
+        "notebooks": {path.name: files.sha256(path) for path in results.executed(tree / "notebooks")},
     }
 
 
@@ -179,7 +176,7 @@ def discard_damaged(build: Path, records: Path = Path(".snakemake/metadata")) ->
     for tree in sorted(build.glob("*/tree")):
         pages = tree.with_name("html")
         damaged = []
-        for path in _executed(tree / "notebooks"):
+        for path in results.executed(tree / "notebooks"):
             if not Path("notebooks", path.name).exists():
                 why = "is of no notebook any more; it is removed"
             elif not known:
@@ -334,7 +331,8 @@ def difference(before: Path, after: Path) -> str:
             parts.append(f"- `{notebook}` is only in {before if notebook in old else after}")
             continue
         changed = results.differences(old[notebook]["numbers"], new[notebook]["numbers"]).to_dict("records")
-        lines = [f"  - `{row['number']}`: {row['before']} → {row['after']} ({row['relative']:+.2%})" for row in changed]
+        by = [f" ({row['relative']:+.2%})" if math.isfinite(row["relative"]) else "" for row in changed]
+        lines = [f"  - `{row['number']}`: {row['before']} → {row['after']}{how}" for row, how in zip(changed, by, strict=True)]
         redrawn = results.differences(old[notebook]["figures"], new[notebook]["figures"])
         lines += [f"  - figure: {caption}" for caption in redrawn["number"]]
         if lines:

@@ -36,7 +36,6 @@ pyplot.style.use(str(resources.files("morphlib") / "book.mplstyle"))
 COLOURS: tuple[str, ...] = tuple(pyplot.rcParams["axes.prop_cycle"].by_key()["color"])
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
-
 _LIVE_MARK = '<strong class="live">Live.</strong> '
 _SHOWN_VERSIONS = ("numpy", "scipy", "pandas", "statsmodels", "torch", "transformers", "lm_eval", "matplotlib")
 

@@ -32,11 +32,15 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({error}); give published numbers or executed notebooks") from None
-    notebooks = sorted(path.glob("[0-9]*.ipynb")) if path.is_dir() else [path]
-    found = {notebook.stem: _of_notebook(notebook) for notebook in notebooks if not notebook.stem.endswith(".partial")}
+    found = {notebook.stem: _of_notebook(notebook) for notebook in (executed(path) if path.is_dir() else [path])}
     if not found:
         raise InputError(f"{path}: holds no executed notebooks; name a folder of them, or execute them with make book")
     return found
+
+
+def executed(folder: Path) -> list[Path]:
+    """The notebooks of a folder that were executed to their end."""
+    return sorted(path for path in folder.glob("*.ipynb") if not path.name.endswith(".partial.ipynb"))
 
 
 def _outputs(path: Path, key: str) -> list[tuple[Any, str]]:
@@ -71,7 +75,7 @@ def published() -> dict[str, dict[str, Any]]:
 def differences(before: Numbers, after: Numbers) -> pd.DataFrame:
     """What differs by more than ``RELATIVE`` between two sets of numbers: number, before, after, relative change.
 
-    A number that only one of them has, and a text that differs, have no relative change.
+    A number that only one of them has, one that was zero, and a text that differs have no relative change.
     """
     rows = []
     for name in sorted({*before, *after}):
@@ -80,7 +84,7 @@ def differences(before: Numbers, after: Numbers) -> pd.DataFrame:
             continue
         relative = math.nan
         if isinstance(old, int | float) and isinstance(new, int | float):
-            relative = (new - old) / abs(old) if old else math.inf * new
+            relative = (new - old) / abs(old) if old else math.nan
             if abs(relative) <= RELATIVE:
                 continue
         rows.append((name, "–" if old is None else f"{old:.6g}" if isinstance(old, float) else str(old),

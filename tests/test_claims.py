@@ -32,6 +32,16 @@ def test_there_are_claims_of_every_kind_and_each_says_where_it_comes_from():
         assert (ROOT / "notebooks" / f"{section.partition('#')[0]}.ipynb").exists()
 
 
+def test_a_number_of_the_paper_is_met_to_half_of_its_last_digit():
+    """No tolerance is wider, but for the row that says so."""
+    for row in STATED[STATED["relation"] == "equals"].to_dict("records"):
+        if ":" in row["value"] or not row["tolerance"]:
+            continue
+        half = 0.5 * 10.0 ** -len(row["paper"].partition("%")[0].strip().partition(".")[2].partition(" ")[0])
+        wide = "One unit of the last digit is allowed" in row["caveat"]
+        assert float(row["tolerance"]) <= (2 if wide else 1) * half * (1 + 1e-9), row["claim"]
+
+
 def test_no_claim_rests_on_a_live_number():
     """What is handed over live is in no ledger: the source of every number is a call without live=True."""
     for text in number_names():
@@ -83,7 +93,8 @@ def test_a_missing_number_stops_the_build(numbers, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"relation": "is"}, "relation is 'is'"), ({"number": "", "relation": ""}, "neither a number nor what a check would need"),
-     ({"source": ""}, "lacks its claim, source"), ({"caveat_number": "03:y"}, "the caveat lacks its words")],
+     ({"tolerance": "half"}, "tolerance is 'half'"), ({"source": ""}, "lacks its claim, source"),
+     ({"caveat_number": "03:y"}, "the caveat lacks its words")],
 )  # fmt: skip
 def test_a_claim_that_cannot_be_checked_as_it_is_written_is_named(tmp_path, change, message):
     path = tmp_path / "claims.csv"

@@ -71,8 +71,10 @@ def test_the_difference_of_two_executions_names_numbers_figures_and_moved_verdic
     before.write_text(json.dumps(published))
     assert "No number and no figure changed." in pipeline.difference(before, before)
     published["03_fitting_the_law"]["numbers"]["chinchilla_r2"] = 0.5
+    published["06_predict_rank_select"]["numbers"]["chosen"] = "10x3072"
     after.write_text(json.dumps(published))
     told = pipeline.difference(before, after)
+    assert "`chosen`: 11x3072 → 10x3072\n" in told and "nan" not in told
     assert "`chinchilla_r2`" in told and "Its R² is 0.9895**: reproduced → not supported" in told
 
 
