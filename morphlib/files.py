@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,16 @@ def digest(paths: Iterable[str]) -> str:
 
 
 def commit() -> str:
-    """The commit of this package, ``-dirty`` where a file differs from it; its version where it is no checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit of this package's checkout, ``-dirty`` where a file differs; else what pip installed it at, or its version."""
+    tracked = ["git", "ls-files", "--error-unmatch", "__init__.py"]  # else a checkout around an installed package would answer
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        for command in (tracked, describe):
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    with suppress(metadata.PackageNotFoundError, KeyError, ValueError):  # it came from an index, or lies there uninstalled
+        installed = json.loads(metadata.distribution("morphlib").read_text("direct_url.json") or "")
+        return str(installed["vcs_info"]["commit_id"][:12])
     return f"morphlib {__version__}"
 
 

@@ -31,6 +31,7 @@ from morphlib import claims, files, results, tables
 from morphlib.errors import InputError
 
 MADE_OF = "made_of.json"  # in built pages: what they are, and what they were made of
+COLAB_BRANCH = "colab"  # holds the notebooks as Colab opens them
 BUILD_BYTES = 100e6  # what pages and MathJax take while they are built, and as much again
 REFUSED = "MORPH_REFUSED"  # names, to the steps of a run, the file for what they refuse
 TIMESTAMP = ".snakemake_timestamp"  # Snakemake's, in a folder it made
@@ -279,16 +280,41 @@ def for_readers(page: str) -> str:
     """A page without what Sphinx, its theme and its extensions write into it to no reader's use.
 
     Fonts loaded ahead, which a browser refuses from disk (where they are used they load all the same); sphinx-thebe, which
-    fails and names another host; roles of docutils that ARIA has withdrawn.
+    fails and names another host; roles of docutils that ARIA has withdrawn; the number of a field where it has no words of
+    its own. The theme knows one branch; to Colab it is `COLAB_BRANCH`.
     """
+    page = re.sub(r"(https://colab\.research\.google\.com/github/[^/]+/[^/]+/blob)/[^/]+/", rf"\1/{COLAB_BRANCH}/", page)
     return re.sub(
         r'<link rel="preload" as="font"[^>]*>\s*'
         r'|<script>const THEBE_JS_URL.*?</script>\s*|<script async="async" src="[^"]*sphinx-thebe\.js[^"]*"></script>\s*'
-        r'| role="doc-biblioentry"| role="list"(?= class="citation-list")',
+        r'| role="doc-biblioentry"| role="list"(?= class="citation-list")'
+        r"|<p>Alias for field number \d+</p>\s*",
         "",
         page,
         flags=re.DOTALL,
     )
+
+
+def colab_notebooks(output: Path) -> None:
+    """The notebooks as Colab opens them, with a first cell, tagged ``colab``, that installs the package at this commit.
+
+    A source cannot name its own commit. So these are made with the pages, and lie on a branch of their own, `COLAB_BRANCH`.
+    Raises InputError where the repository has no address, and where a file differs from the commit.
+    """
+    url, commit = repository_url(Path("pyproject.toml")), files.commit()
+    if url is None:
+        raise InputError("pyproject.toml: [project.urls] names no Repository to install from; name it there")
+    if commit.endswith("-dirty"):
+        raise InputError(f"{commit.removesuffix('-dirty')}: files differ from this commit; commit them first")
+    install = f"""if "google.colab" in str(get_ipython()):  # what else it needs is on Colab
+    %pip install --quiet "morphlib[models] @ git+{url}@{commit}\""""
+    with files.replacing(output) as folder:
+        (folder / "notebooks").mkdir(parents=True)
+        for source in sorted(Path("notebooks").glob("*.ipynb")):
+            notebook = nbformat.read(source, as_version=4)
+            cell = nbformat.v4.new_code_cell(install, id="colab", metadata={"tags": ["colab"]})
+            notebook.cells.insert(0, cell)
+            nbformat.write(notebook, folder / "notebooks" / source.name)
 
 
 def _substitutions(tree: Path, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -471,6 +497,8 @@ def _parser() -> argparse.ArgumentParser:
     recorder = commands.add_parser("record", help="record the numbers of executed notebooks as the published ones")
     book = commands.add_parser("book", help="build the book from a tree of executed notebooks")
     copy = commands.add_parser("publish", help="copy built pages to where readers open them, whole or not at all")
+    colab = commands.add_parser("colab", help="the notebooks as Colab opens them, which install the package at this commit")
+    colab.add_argument("output", type=Path)
     archive = commands.add_parser("zip", help="pack built pages into one file to hand on")
     sources = ((one, "notebook"), (book, "tree"), (copy, "pages"), (archive, "pages"), (recorder, "notebooks"))
     for command, source in sources:
@@ -495,6 +523,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(difference(parsed.before, parsed.after))
         elif parsed.command == "record":
             record(parsed.notebooks, parsed.output)
+        elif parsed.command == "colab":
+            colab_notebooks(parsed.output)
         elif parsed.command == "zip":
             if not (parsed.pages / "index.html").exists():
                 raise InputError(f"{parsed.pages}: holds no book; call make book first")

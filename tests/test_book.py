@@ -28,7 +28,7 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.loaded, self.links, self.pictures, self.anchors, self.text = [], [], [], set(), []
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(pipeline.for_readers(path.read_text(encoding="utf-8")))
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
@@ -108,6 +108,7 @@ def test_buttons_lead_to_the_sources_once_the_repository_has_an_address(plain):
     """On each notebook's page: its source to edit, to open in Colab and in Binder. Without an address there are none."""
     for chapter in chapters():
         links = Page(plain / f"{chapter}.html").links
+        blob = f"https://colab.research.google.com/github/someone/book/blob/{pipeline.COLAB_BRANCH}"
         edit = [link for link in links if "/edit/" in link]
         source = f"{chapter}.ipynb" if chapter.startswith("notebooks/") else f"{chapter}.md"
         assert (ROOT / source).exists()
@@ -116,7 +117,7 @@ def test_buttons_lead_to_the_sources_once_the_repository_has_an_address(plain):
         launch = {host: link for link in links if (host := urlsplit(link).netloc) in launchers}
         if chapter.startswith("notebooks/"):
             assert launch == {
-                "colab.research.google.com": f"https://colab.research.google.com/github/someone/book/blob/main/{chapter}.ipynb",
+                "colab.research.google.com": f"{blob}/{chapter}.ipynb",
                 "mybinder.org": f"https://mybinder.org/v2/gh/someone/book/main?urlpath=tree/{chapter}.ipynb",
             }
         else:

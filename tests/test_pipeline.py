@@ -1,4 +1,5 @@
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -6,6 +7,8 @@ import zipfile
 import nbformat
 import pytest
 import yaml
+from IPython.core.interactiveshell import InteractiveShell
+from packaging.requirements import Requirement
 
 from conftest import ROOT
 from morphlib import files, pipeline
@@ -143,6 +146,45 @@ def test_the_repository_address_comes_from_one_place(monkeypatch, tmp_path):
     assert configuration["repository"]["url"] == url
     assert configuration["html"]["use_issues_button"] is True
     assert "colab_url" in configuration["launch_buttons"]
+
+
+def test_on_colab_a_notebook_installs_the_package_at_the_commit_of_its_page(monkeypatch, tmp_path):
+    """The cell runs elsewhere too, and installs nothing there; what follows it is the source."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("GITHUB_REPOSITORY", "someone/book")
+    monkeypatch.setenv("GITHUB_SERVER_URL", "https://github.com")
+    monkeypatch.setattr(files, "commit", lambda: "0123456789ab")
+    assert pipeline.main(["colab", str(tmp_path / "colab")]) == 0
+    sources = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert [path.name for path in sorted((tmp_path / "colab/notebooks").iterdir())] == [path.name for path in sources]
+    shell, called = InteractiveShell(), []
+    monkeypatch.setattr(shell, "run_line_magic", lambda *call, **_: called.append(call))
+    shell.user_ns["get_ipython"] = lambda: shell
+    for source in sources:
+        first, *others = nbformat.read(tmp_path / "colab/notebooks" / source.name, as_version=4).cells
+        assert others == nbformat.read(source, as_version=4).cells
+        assert first.metadata.tags == ["colab"]
+        shell.run_cell(first.source).raise_error()
+        assert called == []
+    monkeypatch.setattr(InteractiveShell, "__module__", "google.colab._shell")
+    shell.run_cell(first.source).raise_error()
+    [(magic, line)] = called
+    requirement = Requirement(shlex.split(line)[-1])
+    assert (magic, requirement.name, requirement.extras) == ("pip", "morphlib", {"models"})
+    assert requirement.url == "git+https://github.com/someone/book@0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("commit", "repository", "why"),
+    [("0123456789ab", "", "names no Repository"), ("0123456789ab-dirty", "someone/book", "commit them first")],
+)
+def test_nothing_is_made_for_colab_that_could_not_be_installed_there(commit, repository, why, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("GITHUB_REPOSITORY", repository)
+    monkeypatch.setattr(files, "commit", lambda: commit)
+    assert pipeline.main(["colab", str(tmp_path / "colab")]) == 2
+    assert why in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
