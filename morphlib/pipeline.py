@@ -306,8 +306,8 @@ def colab_notebooks(output: Path) -> None:
         raise InputError("pyproject.toml: [project.urls] names no Repository to install from; name it there")
     if commit.endswith("-dirty"):
         raise InputError(f"{commit.removesuffix('-dirty')}: files differ from this commit; commit them first")
-    install = f"""if "google.colab" in str(get_ipython()):  # what else it needs is on Colab
-    %pip install --quiet "morphlib[models] @ git+{url}@{commit}\""""
+    install = f"""if "google.colab" in str(get_ipython()):
+    %pip install --quiet "morphlib[models,notebooks] @ git+{url}@{commit}\""""
     with files.replacing(output) as folder:
         (folder / "notebooks").mkdir(parents=True)
         for source in sorted(Path("notebooks").glob("*.ipynb")):

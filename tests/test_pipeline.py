@@ -170,7 +170,7 @@ def test_on_colab_a_notebook_installs_the_package_at_the_commit_of_its_page(monk
     shell.run_cell(first.source).raise_error()
     [(magic, line)] = called
     requirement = Requirement(shlex.split(line)[-1])
-    assert (magic, requirement.name, requirement.extras) == ("pip", "morphlib", {"models"})
+    assert (magic, requirement.name, requirement.extras) == ("pip", "morphlib", {"models", "notebooks"})
     assert requirement.url == "git+https://github.com/someone/book@0123456789ab"
 
 
