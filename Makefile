@@ -68,7 +68,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --editable '.[book,models,dev]'
+	$(VENV)-lock/bin/python -m pip install --editable '.[notebooks,book,models,dev]'
 	$(VENV)-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 	rm -rf $(VENV)-lock
 
