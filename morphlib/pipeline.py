@@ -38,12 +38,22 @@ TIMESTAMP = ".snakemake_timestamp"  # Snakemake's, in a folder it made
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML takes the last of two values under one key, and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.MarkedYAMLError(problem=f"{twice} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_presets(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The presets file: preset -> notebook -> parameter -> value."""
     try:
-        presets = yaml.safe_load(path.read_text(encoding="utf-8"))
+        presets = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({error}); give a presets file") from None
+        raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); give a presets file") from None
     try:
         return {preset: {name: dict(v or {}) for name, v in (notebooks or {}).items()} for preset, notebooks in presets.items()}
     except (AttributeError, TypeError, ValueError):

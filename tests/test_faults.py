@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -38,6 +37,14 @@ RESULTS = """import IPython
 
 found = {"notebook": "01_tiny", "preset": "smoke", "parameters": {}, "numbers": {"factor": factor}, "figures": {}, "live": {}}
 IPython.display.display(IPython.display.HTML(""), metadata={"text/html": {"results": found}})"""
+# where it is asked to wait, a cell says which process it runs in
+WAIT = """import os
+import pathlib
+import time
+
+if (asked := pathlib.Path("_build/wait")).exists():
+    asked.write_text(str(os.getpid()))
+    time.sleep(60)"""
 EXECUTED = Path("_build/smoke/tree/notebooks/01_tiny.ipynb")
 PAGE = Path("notebooks/01_tiny.html")
 
@@ -71,11 +78,10 @@ def built(tmp_path_factory):
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     )
     read = "print('the value is', factor * int(pathlib.Path('morphlib/data/table.csv').read_text().split()[1]))"
-    wait = "time.sleep(60 if pathlib.Path('_build/wait').exists() else 0)"
     book.cells = [
         nbformat.v4.new_markdown_cell("# Chapter"),
         nbformat.v4.new_code_cell("factor: int = 1", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(f"import pathlib\nimport time\n\n{wait}\n{read}"),
+        nbformat.v4.new_code_cell(f"{WAIT}\n{read}"),
         nbformat.v4.new_code_cell(RESULTS),
     ]
     nbformat.write(book, folder / "notebooks/01_tiny.ipynb")
@@ -185,7 +191,7 @@ def test_a_failed_run_leaves_the_old_book_and_nothing_that_the_next_takes_for_ne
     change(copy / "notebooks/presets.yml", "factor: 3", "factor: 4")
     (copy / "_build/wait").touch()
     process = start(copy)
-    kernel(process).kill()
+    kernel().kill()
     _, errors = process.communicate()
     assert process.returncode == 2
     assert "01_tiny.ipynb: its kernel died" in errors.splitlines()[-1]
@@ -195,24 +201,20 @@ def test_a_failed_run_leaves_the_old_book_and_nothing_that_the_next_takes_for_ne
     assert shown(copy, EXECUTED) == ["56"]
 
 
-def kernel(process):
-    """The kernel of the notebook that a build executes, once it has begun the cell that waits."""
+def kernel():
+    """The kernel that executes the notebook, once it is in the cell that waits."""
     end = time.monotonic() + 60
-    while time.monotonic() < end:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.Error):  # a process that just ended
-                if "ipykernel" in " ".join(child.cmdline()):
-                    time.sleep(3)
-                    return child
+    while not (waiting := Path("_build/wait").read_text()):
+        assert time.monotonic() < end, "no kernel came up"
         time.sleep(0.1)
-    raise AssertionError("no kernel came up")
+    return psutil.Process(int(waiting))
 
 
 def test_a_build_that_is_killed_is_taken_up_again(copy):
     EXECUTED.unlink()
     (copy / "_build/wait").touch()
     process = start(copy)
-    orphan = kernel(process)
+    orphan = kernel()
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert shown(copy) == ["42"]

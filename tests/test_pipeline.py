@@ -106,12 +106,13 @@ def test_presets_name_notebooks_and_parameters_that_exist():
             pipeline.check_parameters(ROOT / "notebooks" / f"{name}.ipynb", parameters)
 
 
-@pytest.mark.parametrize("text", ["smoke: {a: [}", "- smoke", "just text"])
+@pytest.mark.parametrize("text", ["smoke: {a: [}", "- smoke", "just text", "smoke: {a: {x: 1}, a: {x: 2}}"])
 def test_presets_that_are_none_say_so(tmp_path, text):
     path = tmp_path / "presets.yml"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"presets\.yml"):
+    with pytest.raises(InputError, match=r"presets\.yml") as refused:
         pipeline.read_presets(path)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
