@@ -37,7 +37,7 @@ test: $(VENV)/installed
 latency: $(VENV)/installed
 	rm -f _build/own_latency.csv
 	morph latency calibrate
-	morph latency measure --shape 24x384/8192v --shape 12x576/8192v --shape 4x960/8192v --threads 1 --quick --record _build/own_latency.csv
+	morph latency measure --shape 24x384/8192v --shape 12x576/8192v --shape 4x960/8192v --threads 1 --out-tokens 64 --quick --record _build/own_latency.csv
 	@$(MAKE) --no-print-directory book
 
 study: $(VENV)/installed

@@ -318,7 +318,7 @@ def _show_select(result: dict[str, Any]) -> None:
         print("with any width and depth: {n_layers:.2f} x {d_model:.0f}, loss {loss:.4f}".format(**best))
     if odds := result.get("probabilities"):
         print(f"train {len(odds['to_train'])} to have the best among them: {', '.join(odds['to_train'])}")
-        print(f"not told apart from the chosen one: {len(odds['not_told_apart'])}")
+        print(f"not told apart from the chosen one, itself included: {len(odds['not_told_apart'])}")
         print(
             "a shape beyond the latency cap is within it and better with probability {beyond_latency_cap:.2f}; "
             "none is within it with {none_within:.2f}".format(**odds)

@@ -225,6 +225,13 @@ UNTYPED = [
 ]
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_no_line_of_a_paragraph_is_taken_for_something_else(path):
+    """MyST leaves out a line that begins with a percent sign, and makes a list of one that begins with plus and a space."""
+    lines = without_fences(re.sub(r"\$\$.*?\$\$", "", source(path), flags=re.DOTALL)).splitlines()
+    assert [line for line in lines if re.match(r"%|\+ ", line.removeprefix(TASK))] == []
+
+
 @pytest.mark.parametrize("text", TYPED)
 def test_a_typed_number_is_found(text):
     assert typed_numbers(text)
