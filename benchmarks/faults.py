@@ -117,12 +117,12 @@ class Clone:
         return self.start(mount).wait()
 
     def named(self) -> str:
-        """The lines of the pipeline itself in the log of the last build: what it names."""
+        """The lines of the pipeline itself in the log of the last build, each once: what it names."""
         pattern = (
-            r"^(?:python -m morphlib\.pipeline \w+: .*|_build/.*(?:executed|built) again|_build/.*removed|.*Error in file .*)$"
+            r"^(?:python -m morphlib\.pipeline (?:snakemake: )?(\w+: .*)|(_build/.*(?:executed|built) again|_build/.*removed))$"
         )
-        lines = dict.fromkeys(re.findall(pattern, self.log(), flags=re.MULTILINE))
-        return "; ".join(line.removeprefix("python -m morphlib.pipeline ") for line in lines)
+        found = re.findall(pattern, self.log(), flags=re.MULTILINE)
+        return "; ".join(dict.fromkeys(ours or other for ours, other in found))
 
     def bare(self) -> None:
         for name in ("_build", ".snakemake"):
