@@ -72,8 +72,9 @@ class Clone:
         ]
         while True:
             gone = {Path(name).name for name in chapters} - {Path(name).name for name in left}
-            refers = re.compile(rf"\{{doc\}}`[^`]*?({'|'.join(sorted(gone))})[`>]")
-            standing = [name for name in left if not (refers.search(text := self._source(name)) or "{{" in text)]
+            term = "|{term}`" * ("glossary" in gone)
+            refers = re.compile(rf"\{{doc\}}`[^`]*?({'|'.join(sorted(gone))})[`>]|\{{\{{{term}")
+            standing = [name for name in left if not refers.search(self._source(name))]
             if standing == left:
                 break
             left = standing
