@@ -1,7 +1,7 @@
 # make book   the book, in _build/html
 # make zip    the book as one file to hand on, _build/morph-book-VERSION.zip
 # make test   lint, types, every notebook at the smoke preset, the book without warnings, all tests
-# make latency  calibrate this machine, time three small shapes on it, and draw them in the book's figures
+# make latency  calibrate this machine, time three small shapes on it, and make the first chapter's page with them
 # make study  train what is left of the study of small models; TABLE=_build/own_runs.csv trains all of it into a table of your own
 # make notebook NB=03 P="exponents=free"  one notebook with parameters of your own, and its page, under _build/own
 # make diff   what changed between the published numbers and those just computed, and which verdicts moved
@@ -38,7 +38,8 @@ latency: $(VENV)/installed
 	rm -f _build/own_latency.csv
 	morph latency calibrate
 	morph latency measure --shape 24x384/8192v --shape 12x576/8192v --shape 4x960/8192v --threads 1 --out-tokens 64 --quick --record _build/own_latency.csv
-	@$(MAKE) --no-print-directory book
+	@python -m morphlib.pipeline notebook 01 --preset $(PRESET)
+	@echo "make book puts the rows into every figure of the book that has a place for them."
 
 study: $(VENV)/installed
 	@python -m morphlib.pipeline snakemake study --cores all --keep-going --config table=$(TABLE)
