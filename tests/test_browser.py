@@ -143,9 +143,10 @@ def test_figures_can_be_read(page, theme):
         assert figure["faint"] == [], figure
 
 
-def test_a_phone_needs_no_sideways_scrolling(page):
-    page.set_viewport_size(PHONE)
-    assert page.evaluate("() => document.documentElement.scrollWidth") <= PHONE["width"]
+@pytest.mark.parametrize("width", [PHONE["width"], 800, 1100, DESKTOP["width"], 1920])
+def test_no_window_has_to_be_scrolled_sideways(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
 
 
 # axe takes a while for each of thousands of elements. It is given all that is folded away, and a little of what repeats:
