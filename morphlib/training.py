@@ -216,6 +216,7 @@ def train(
         _resume(folder, identity, state)
         forward: Any = torch.compile(model) if recipe.compile else model
         start_s, saved_s = time.monotonic() - state.seconds, time.monotonic()
+        begun, begun_s = _steps_done(state, plan), time.monotonic()
         while state.phase < len(plan):
             phase = plan[state.phase]
             goes_on = state.phase + 1 < len(plan)  # from where this branch leaves
@@ -225,7 +226,8 @@ def train(
                 state.losses.append(_step(forward, state, recipe, phase, _batch(tokens, order, state.step, recipe), device))
                 state.step += 1
                 state.seconds = time.monotonic() - start_s
-                progress(_told(state, plan, recipe))
+                steps_per_s = (_steps_done(state, plan) - begun) / (time.monotonic() - begun_s)
+                progress(_told(state, plan, recipe, steps_per_s))
                 if _agreed(time.monotonic() - saved_s > save_every_s):
                     _save(folder, identity, state)
                     saved_s = time.monotonic()
@@ -425,13 +427,17 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
-def _told(state: _State, plan: Sequence[Phase], recipe: Recipe) -> str:
-    """Where a run stands, and when it will end."""
-    done = sum(phase.end - phase.start for phase in plan[: state.phase]) + state.step - plan[state.phase].start
-    total = sum(phase.end - phase.start for phase in plan)
-    left_s = state.seconds / done * (total - done)
-    end = time.strftime("%H:%M", time.localtime(time.time() + left_s))
-    speed = done * recipe.step_tokens / state.seconds
+def _steps_done(state: _State, plan: Sequence[Phase]) -> int:
+    """The steps of all phases so far, those of branches that were left included."""
+    before = sum(phase.end - phase.start for phase in plan[: state.phase])
+    return before + state.step - plan[state.phase].start if state.phase < len(plan) else before
+
+
+def _told(state: _State, plan: Sequence[Phase], recipe: Recipe, steps_per_s: float) -> str:
+    """Where a run stands, and when it will end at the speed since it began or went on."""
+    done, total = _steps_done(state, plan), sum(phase.end - phase.start for phase in plan)
+    end = time.strftime("%H:%M", time.localtime(time.time() + (total - done) / steps_per_s))
+    speed = steps_per_s * recipe.step_tokens
     return f"step {done} of {total}, loss {state.losses[-1]:.3f}, {speed:,.0f} tokens/s, done at about {end}"
 
 

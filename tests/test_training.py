@@ -3,6 +3,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -145,6 +146,24 @@ def test_a_run_that_is_broken_off_ends_with_the_same_bits(tmp_path, text, stops)
     for mark in MARKS:
         for name, weight in weights(tmp_path / "whole", mark).items():
             assert torch.equal(weight, weights(tmp_path / "broken", mark)[name])
+
+
+def test_a_run_that_goes_on_foretells_its_end_from_its_own_speed(tmp_path, text, monkeypatch):
+    """The first part takes 1,000 s a step by a clock that runs ahead, 0.064 tokens per second; the second does not."""
+    clock, ahead_s, told = time.monotonic, [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead_s[0])
+
+    def slowly(line):
+        ahead_s[0] += 1000.0
+        if line.startswith("step 5 "):
+            assert ", 0 tokens/s" in line
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(tmp_path, text, progress=slowly, save_every_s=0.0)
+    rows = run(tmp_path, text, progress=told.append)
+    assert rows[-1]["seconds"] > 3000
+    assert all(float(line.split(", ")[2].removesuffix(" tokens/s").replace(",", "")) > 10 for line in told)
 
 
 def test_a_killed_process_goes_on(tmp_path, text):
