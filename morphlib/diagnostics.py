@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, permutations, takewhile
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -185,7 +185,7 @@ def _about_parameters(fit: Fit, undetermined: tuple[str, ...], confounded: tuple
         pairs = ", ".join(f"{a} and {b} ({value:.4f})" for a, b, value in confounded)
         yield f"The rows hardly tell some parameters apart; estimates that correlate: {pairs}."
     at_best = round(fit.share_of_starts_at_best * fit.n_starts)
-    if fit.n_starts > 1 and at_best < 3:
+    if at_best < min(3, fit.n_starts):
         yield f"Only {at_best} of {fit.n_starts} starts ended at the best optimum, so a better one may exist; raise n_starts."
 
 
@@ -469,7 +469,8 @@ def audit(table: pd.DataFrame, fit: Fit | None = None) -> list[str]:
     - Losses below 0.3 nats, under any estimate of the entropy of text, even per byte.
     - Two shapes whose losses at some tokens agree within 5e-4 although at every other
       budget they share they differ by ten times as much or more.
-    - A label such as 20N in the column ``budget`` that tokens / n_params misses by more than 10 %.
+    - A label such as 20N in the column ``budget`` that tokens / n_params misses by more than 10 %; not where N was
+      converted to another way of counting than the label's.
     - With a ``fit``, fitted rows whose externally studentized residual is beyond Student's t at
       5 % shared over the rows (Bonferroni; Cook and Weisberg 1982, section 2.2.2).
     """
@@ -477,7 +478,7 @@ def audit(table: pd.DataFrame, fit: Fit | None = None) -> list[str]:
     low = (table["loss"] < IMPLAUSIBLE_LOSS).to_numpy()
     if low.any():
         sentences.append(f"{low.sum()} losses are below {IMPLAUSIBLE_LOSS} nats per token, the first of {names[low.argmax()]}.")
-    if "budget" in table:
+    if "budget" in table and not table.attrs.get("converted"):
         nominal = pd.to_numeric(table["budget"].astype(str).str.extract(r"^([\d.]+)N$")[0], errors="coerce").to_numpy()
         actual = (table["tokens"] / table["n_params"]).to_numpy()
         sentences += [
@@ -496,12 +497,15 @@ def _duplicates(table: pd.DataFrame) -> Iterator[str]:
     if repeats.any():
         first = names[int(repeats.argmax())]
         yield f"{int(repeats.sum())} rows, the first {first}, repeat the shape, tokens and loss of a row before them."
-    losses = table.assign(shape=shape_numbers(table)).pivot_table("loss", "shape", "tokens", aggfunc="last")
     shape, tokens, loss = shape_numbers(table), table["tokens"].to_numpy(), table["loss"].to_numpy()
-    for i, j in combinations(np.flatnonzero(~repeats), 2):
-        if tokens[i] == tokens[j] and abs(loss[i] - loss[j]) <= SAME_LOSS and shape[i] != shape[j]:
-            gap = (losses.loc[shape[i]] - losses.loc[shape[j]]).drop(tokens[i]).abs().min()
-            if gap >= 10 * SAME_LOSS:  # NaN where they share no other budget
+    last = pd.Series(loss, [shape, tokens]).groupby(level=(0, 1)).last()
+    order = np.lexsort((loss, tokens))
+    order = order[~repeats[order]]
+    for place, one in enumerate(order):
+        for other in takewhile(lambda k: tokens[k] == tokens[one] and loss[k] - loss[one] <= SAME_LOSS, order[place + 1 :]):
+            i, j = sorted((one, other))
+            gap = (last[shape[i]] - last[shape[j]]).drop(tokens[i]).abs().min()
+            if shape[i] != shape[j] and gap >= 10 * SAME_LOSS:  # NaN where they share no other budget
                 yield (
                     f"{names[i]} and {names[j]} have losses {loss[i]:.4f} and {loss[j]:.4f}, though at every other budget "
                     f"they share they differ by {gap:.4f} or more."

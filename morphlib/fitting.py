@@ -454,11 +454,11 @@ def check_rows(rows: pd.DataFrame, law: Law, fit_on: str | None = None) -> None:
         "d": "width (d_model)",
         "L": "depth (n_layers)",
     }
-    for name, values in runs.variables(rows).items():
-        read = runs.POWER_OF.get(name, name)
-        if name in law.variables and read in meaning and values.max() < ONE_SIZE * values.min():
+    variables = runs.variables(rows)
+    for name in dict.fromkeys(runs.POWER_OF.get(name, name) for name in law.variables):
+        if name in meaning and (values := variables[name]).max() < ONE_SIZE * values.min():
             raise InputError(
-                f"{where}: all rows are of one {meaning[read]}, {values.min():.4g} to {values.max():.4g}, so "
+                f"{where}: all rows are of one {meaning[name]}, {values.min():.4g} to {values.max():.4g}, so "
                 f"{law.name} cannot be fitted; add runs that differ in it by a tenth or more"
             )
 

@@ -30,7 +30,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     if path.suffix == ".json":
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({error}); give published numbers or executed notebooks") from None
     found = {notebook.stem: _of_notebook(notebook) for notebook in (executed(path) if path.is_dir() else [path])}
     if not found:

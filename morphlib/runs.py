@@ -120,12 +120,13 @@ def load(
         row = int(repeated.to_numpy().argmax())
         shape, tokens = table.loc[row, ["name", "tokens"]]
         raise InputError(f"{where}: row {row + 2} repeats name {shape!r} with {tokens:.0f} tokens; keep one, or rename one")
+    converted = count is not None and (table["n_count"] != count).any()
     table = _recounted(table, count, where)
     if table["n_count"].nunique() > 1:
         raise InputError(f"{where}: column n_count mixes conventions; pass one (--count) to convert the rows to it")
     if "family" not in table:
         table["family"] = size_families(table["n_params"])
-    table.attrs["source"] = where
+    table.attrs |= {"source": where, "converted": bool(converted)}
     return table
 
 

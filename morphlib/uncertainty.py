@@ -304,6 +304,7 @@ def _interval(fit: Fit, half: Array) -> pd.DataFrame:
     with np.errstate(over="ignore"):
         factor = np.exp(np.where(on_log, half, 0.0))
     low, high = (np.where(on_log, fit.values * factor**sign, fit.values + sign * half) for sign in (-1, 1))
+    low = np.where(fit.values == 0, 0.0, low)  # held there, since it must not be negative
     return pd.DataFrame({"value": fit.values, "low": low, "high": high}, index=list(fit.law.parameters))
 
 

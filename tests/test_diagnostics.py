@@ -1,12 +1,13 @@
+import re
 import subprocess
 import sys
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm, rankdata, spearmanr
 from scipy.stats import t as student_t
@@ -370,6 +371,29 @@ def test_the_papers_table_has_two_pairs_that_look_copied_and_one_wrong_label(pap
     assert len(findings) == 3 and pairs == [["116M_v1", "126M_v1"], ["116M_v2", "126M_v2"]]
     assert "losses 3.4816 and 3.4816, though" in findings[0]
     assert findings[2].startswith("1B_v8") and "17.4 tokens per parameter" in findings[2]
+
+
+def test_labels_are_not_held_against_n_counted_otherwise():
+    """20N of all parameters are 59 tokens for each that is not in an embedding."""
+    assert not any("labelled" in finding for finding in diagnostics.audit(runs.load("paper", "non_embedding")))
+    assert any("labelled" in finding for finding in diagnostics.audit(runs.load("paper", "total")))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 40))
+def test_shapes_that_agree_once_are_those_that_all_pairs_show(seed, n_rows):
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame({"name": [f"row {i}" for i in range(n_rows)], "n_params": 1e6, "d_model": rng.integers(1, 5, n_rows)})
+    table = table.assign(n_layers=1, tokens=rng.integers(1, 4, n_rows), loss=1 + rng.integers(0, 40, n_rows) * 4e-4)
+    kept, expected = table[~diagnostics.repeated_rows(table)], set()
+    curves = table.drop_duplicates(["d_model", "tokens"], keep="last").pivot(index="d_model", columns="tokens", values="loss")
+    for (i, a), (j, b) in combinations(kept.iterrows(), 2):
+        if a["d_model"] != b["d_model"] and a["tokens"] == b["tokens"] and abs(a["loss"] - b["loss"]) <= 5e-4:
+            elsewhere = (curves.loc[a["d_model"]] - curves.loc[b["d_model"]]).drop(a["tokens"]).abs().min()
+            expected |= {(f"row {i} ", f"row {j} ")} if elsewhere >= 5e-3 else set()
+    told = [finding for finding in diagnostics.audit(table) if "though at every other budget" in finding]
+    assert {tuple(f"row {number} " for number in re.findall(r"row (\d+) at", line)) for line in told} == expected
+    assert len(told) == len(expected)
 
 
 def test_planted_slips_are_found(paper):

@@ -226,6 +226,8 @@ def test_rows_that_cannot_determine_the_law_are_refused(paper):
         for search in (fitting.fit, fitting.fit_published):
             with pytest.raises(InputError, match=message):
                 search(table, law)
+    with pytest.raises(InputError, match=r"all rows are of one size \(n_params\), 1e\+08 to 1e\+08"):
+        fitting.fit(paper.assign(n_params=1e8), laws.get("over-training"))  # it reads C/M, a power of N
     with pytest.raises(InputError, match="fit_other"):
         fitting.fit(paper, law, "fit_other")
     with pytest.raises(InputError, match="only 0 and 1"):

@@ -64,6 +64,12 @@ def test_a_folder_without_executed_notebooks_is_named(tmp_path):
         results.read(tmp_path)
 
 
+def test_a_file_that_holds_no_results_is_refused(tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"list\.json: cannot be read"):
+        results.read(tmp_path / "list.json")
+
+
 def test_the_difference_of_two_executions_names_numbers_figures_and_moved_verdicts(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     published = results.read(ROOT / "morphlib/data/published.json")

@@ -339,6 +339,7 @@ def test_wrong_input_is_refused_in_one_line(paper, curved):
     assert exact.status is Status.EXACT
     held = fitting.fit(paper, laws.get("chinchilla"), "fit_20N_only")
     assert held.status is Status.AT_BOUND
+    assert u.bootstrap(paper, held, 50).interval().loc["A", "low"] == 0  # it must not be negative, nor may its interval
     five = paper.iloc[[0, 20, 40, 50, 60]].reset_index(drop=True)
     robust = fitting.fit(paper, CURVED, loss="huber")
     resampled = u.bootstrap(paper, curved, 2)
