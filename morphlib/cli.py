@@ -216,7 +216,7 @@ def _select(arguments: argparse.Namespace) -> dict[str, Any]:
     asked = _given(arguments, "batch", "in_tokens", "out_tokens", "weight_bits", "kv_bits")
     work = Workload(**asked)
     if arguments.latencies:
-        latencies: selection.Latencies = selection.Tabled.read(arguments.latencies, work if asked else None)
+        latencies: selection.Latencies = selection.Tabled.read(arguments.latencies, **asked)
     else:
         names = ("tolerance", "depths", "width_multiple", "n_heads", "queries_per_kv_head", "d_ff_ratios", "vocab", "tied")
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations, takewhile
+from itertools import combinations, permutations
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -502,7 +502,9 @@ def _duplicates(table: pd.DataFrame) -> Iterator[str]:
     order = np.lexsort((loss, tokens))
     order = order[~repeats[order]]
     for place, one in enumerate(order):
-        for other in takewhile(lambda k: tokens[k] == tokens[one] and loss[k] - loss[one] <= SAME_LOSS, order[place + 1 :]):
+        for other in order[place + 1 :]:
+            if tokens[other] != tokens[one] or loss[other] - loss[one] > SAME_LOSS:
+                break
             i, j = sorted((one, other))
             gap = (last[shape[i]] - last[shape[j]]).drop(tokens[i]).abs().min()
             if shape[i] != shape[j] and gap >= 10 * SAME_LOSS:  # NaN where they share no other budget

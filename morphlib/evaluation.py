@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from morphlib import __version__, files, minimal_pairs, scores
-from morphlib.corpus import END_OF_TEXT, Progress, Source, download, rows, silent, sources
+from morphlib.corpus import BYTE_VOCABULARY, END_OF_TEXT, Progress, Source, download, rows, silent, sources
 from morphlib.errors import InputError
 from morphlib.model import config_of_open_lm, read_open_lm
 
@@ -138,11 +138,11 @@ def agreement_task(texts: Iterable[str] = (), n: int = 4000, seed: int = 0, prog
     The words that the texts do not have at all are told through ``progress``. Raises ``InputError`` where
     `morphlib.minimal_pairs.make` does, and where no pair is left.
     """
-    made = minimal_pairs.make(n, seed)
+    made, texts = minimal_pairs.make(n, seed), list(texts)
     kept, strange = minimal_pairs.unseen(made, texts)
     if len(kept) < len(made):
         progress(f"agreement: {len(made) - len(kept)} of {len(made)} pairs are in the training text and left out")
-    if len(strange) and len(kept) < len(made):
+    if strange and texts:
         progress(f"agreement: not in the training text at all: {', '.join(strange)}")
     if not kept:
         raise InputError("agreement: all pairs are in the training text; use another seed")
@@ -181,14 +181,14 @@ def _fast(made: Any) -> PreTrainedTokenizerFast:
 def tokenizer_of(vocab: int, folder: Path, given: Path | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of a model of our own with ``vocab`` rows of embedding.
 
-    ``given`` is a ``tokenizer.json`` or a folder with one, such as the corpus of the run. Without it a vocabulary of 257 is
-    bytes, and for any other the ``tokenizer.json`` in ``folder`` or in the one above is taken. Raises ``InputError`` where
-    there is none, and for one whose tokens are more than the rows, or fewer by more than padding explains.
+    ``given`` is a ``tokenizer.json`` or the corpus of the run, a folder that has one unless its tokens are bytes. Without it a
+    vocabulary of 257 is bytes, and for any other the ``tokenizer.json`` in ``folder`` or in the one above is taken. Raises
+    ``InputError`` where there is none, and for one whose tokens are more than the rows, or fewer by more than padding explains.
     """
-    if given is None and vocab == 257:
-        return byte_tokenizer()
     places = [given, given / "tokenizer.json"] if given else [at / "tokenizer.json" for at in (folder, folder.parent)]
     path = next((place for place in places if place.is_file()), None)
+    if vocab == BYTE_VOCABULARY and (given is None or (given.is_dir() and path is None)):
+        return byte_tokenizer()
     if path is None:
         raise InputError(f"{places[0]}: no tokenizer.json for a vocabulary of {vocab}; name one by --tokenizer, or its corpus")
     try:

@@ -36,7 +36,8 @@ MOST = 5000  # items: the simplest level has 1280 different ones
 def misspelled(texts: Iterable[str], n: int, seed: int = 0) -> list[Item]:
     """``n`` items, or fewer where the texts have no more: how a sentence of the texts goes on, and the same with another vowel.
 
-    The misspelled word is none of the texts. Of each sentence at most one word is taken, after the first four.
+    The misspelled word is none that stands between two spaces in the texts. Of each sentence at most one word is taken, after
+    the first four.
     """
     rng = random.Random(seed)
     sentences = [sentence.split() for text in texts for sentence in re.split(r"(?<=[.!?])\s+", text)]

@@ -128,7 +128,8 @@ def write_open_lm_launch(folder: Path, shape: Shape, tokens: int, given: Mapping
 
     ``given`` are `quantities`, among them the chunks of fresh text between which open_lm saves. Returns the shape, the paper's
     N, tokens, steps and files. Raises ``InputError`` for what open_lm cannot train so: a shape that its configuration cannot
-    say, or chunks that are not whole steps and whole shards for each GPU (it reads no part of a shard); and where the folder
+    say, or a batch that the GPUs cannot share, or chunks that are not whole steps and whole
+    shards for each GPU (it reads no part of a shard); and where the folder
     cannot be written.
     """
     recipe, chunks, gpus = Recipe.of(given), given.get("chunks", 1), given.get("gpus", 1)
@@ -140,6 +141,9 @@ def write_open_lm_launch(folder: Path, shape: Shape, tokens: int, given: Mapping
     if recipe.schedule != "cosine" or recipe.base_width:
         raise InputError("open_lm lowers the learning rate along a cosine and for all widths alike; leave the others out")
     shards = gpus * given["shard_sequences"] * recipe.sequence
+    if recipe.batch % (gpus * recipe.accumulate):
+        told = f"a batch of {recipe.batch} in {recipe.accumulate} parts cannot be shared equally by {gpus} GPUs"
+        raise InputError(f"{told}; choose a divisor")
     unit = chunks * math.lcm(recipe.step_tokens, shards)
     if tokens % unit:
         whole = max(1, round(tokens / unit)) * unit

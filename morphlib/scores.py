@@ -106,7 +106,8 @@ def summary(record: Record) -> dict[str, Any]:
     """One row of a table of results.
 
     ``value`` and its ``standard_error``; a 95 % interval from ``low`` to ``high``, Wilson's where there is one category;
-    ``chance``, what a guess or the most frequent answer scores, and ``verdict``, where the interval lies to it;
+    ``chance``, what a guess or the most frequent answer scores, and ``verdict``, where the interval lies to it,
+    or that there are too few items for one;
     ``as_llm_foundry``, the value by llm-foundry's rule; ``bits_per_byte`` of the right answers, which does not depend on the
     tokenizer. ``categories``, where there are several, has the first of these for each.
     """
@@ -122,8 +123,8 @@ def summary(record: Record) -> dict[str, Any]:
     if is_right_or_wrong and "chance" in record:
         most_frequent = max(Counter(record["right"]).values(), default=0) / len(scores)
         chance = max(macro_mean(record["chance"], category)[0], most_frequent)
-        where = "below" if high < chance else "above" if low > chance else "at"
-        row |= {"chance": chance, "verdict": f"{where} chance"}
+        where = "below chance" if high < chance else "above chance" if low > chance else "at chance"
+        row |= {"chance": chance, "verdict": "too few items" if math.isnan(error) else where}
     if TOKEN_METRIC in record["scores"]:
         row["as_llm_foundry"] = macro_mean(record["scores"][TOKEN_METRIC], category)[0]
     if "nats" in record:

@@ -114,22 +114,20 @@ class Tabled:
     work: Workload = field(default_factory=Workload)
 
     @classmethod
-    def of(cls, table: pd.DataFrame, work: Workload | None = None, where: str = "the table") -> Tabled:
+    def of(cls, table: pd.DataFrame, where: str = "the table", **asked: Any) -> Tabled:
         """From columns ``shape`` and ``latency_s``, and where they are there its ends and its kind; or from rows as
-        `timing` records them, which must be of one engine, dtype, batch and length, and say the workload themselves.
+        `timing` records them, which must be of one engine, dtype, batch and length, and say most of the workload themselves.
 
-        Without ends the value stands for them. Raises ``InputError`` for what is missing, mixed or no latency, for units
-        other than seconds, and for rows of another workload than ``work``.
+        ``asked`` are fields of `Workload`. Without ends the value stands for them. Raises ``InputError`` for what is missing,
+        mixed or no latency, for units other than seconds, and for rows of another workload than is asked for.
         """
+        work = Workload(**asked)
         if "e2e_s" in table and "latency_s" not in table:
             table, measured = _as_latencies(table, where)
+            work = replace(measured, **asked)
             for name in ("batch", "in_tokens", "out_tokens", "weight_bits"):
-                if work is not None and getattr(work, name) != getattr(measured, name):
-                    raise InputError(
-                        f"{where}: its rows have {name} {getattr(measured, name)}, not {getattr(work, name)}; "
-                        "leave one of the two out"
-                    )
-            work = measured
+                if (wanted := getattr(work, name)) != (there := getattr(measured, name)):
+                    raise InputError(f"{where}: its rows have {name} {there}, not {wanted}; leave one of the two out")
         if other_unit := [name for name in map(str, table) if re.fullmatch(r"latency(_low|_high)?_(ms|us|ns|min|h)", name)]:
             raise InputError(f"{where}: column {', '.join(other_unit)} is not in seconds; give latency_s and no other unit")
         runs.need(table, ("shape", "latency_s"), where, "give shape and latency_s, in seconds")
@@ -150,12 +148,12 @@ class Tabled:
         if len(set(shapes)) < len(shapes):
             twice = next(shape for shape in shapes if shapes.count(shape) > 1)
             raise InputError(f"{where}: {twice} stands in several rows; keep one latency for each shape")
-        return cls(Shapes.of(shapes), rows, work or Workload())
+        return cls(Shapes.of(shapes), rows, work)
 
     @classmethod
-    def read(cls, path: str | Path, work: Workload | None = None) -> Tabled:
+    def read(cls, path: str | Path, **asked: Any) -> Tabled:
         """``of`` the rows of a CSV file."""
-        return cls.of(runs.read(path), work, str(path))
+        return cls.of(runs.read(path), str(path), **asked)
 
     def estimates(self) -> pd.DataFrame:
         return self.rows

@@ -278,6 +278,23 @@ def test_a_bpe_model_finds_its_tokenizer(tmp_path, bpe):
     assert lm.tok_encode(text) == Corpus.open(corpus).tokenizer.encode([text])[:-1].tolist()
 
 
+def test_a_model_of_bytes_takes_its_corpus_for_a_tokenizer_or_none(tmp_path):
+    build(tmp_path / "corpus", ["docstrings"], "bytes", limit_bytes=50_000)
+    made(257).save_pretrained(tmp_path / "model")
+    for tokenizer in (tmp_path / "corpus", None):
+        assert len(evaluation.open_model(str(tmp_path / "model"), tokenizer=tokenizer).tokenizer) == 257
+    with pytest.raises(InputError, match="--tokenizer"):
+        evaluation.open_model(str(tmp_path / "model"), tokenizer=tmp_path / "absent")
+
+
+def test_words_that_the_text_never_has_are_told_where_there_is_a_text():
+    told = []
+    evaluation.agreement_task(["Nothing of the pairs is here."], 100, progress=told.append)
+    assert len(told) == 1 and told[0].startswith("agreement: not in the training text at all: ") and " the," not in told[0]
+    evaluation.agreement_task((), 100, progress=told.append)
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("vocab", [257, 290, 1000])
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, bpe, vocab):
     made(vocab).save_pretrained(tmp_path / "model")

@@ -127,6 +127,7 @@ def test_what_open_lm_cannot_do_is_refused_and_nothing_written(tmp_path):
         ({"shape": Shape.parse("4x256/4h/2kv")}, "no key-value heads"),
         ({"tokens": 10**9}, "give 1073741824"),
         ({"tokens": 5, "chunks": 1, "gpus": 1}, "give 16777216"),
+        ({"gpus": 3}, "a batch of 256 in 1 parts cannot be shared equally by 3 GPUs"),
         ({"schedule": "trunk"}, "along a cosine"),
         ({"base_width": 64}, "for all widths alike"),
     ]

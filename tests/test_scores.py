@@ -97,6 +97,11 @@ def test_categories_count_alike_whatever_their_size():
     assert row["verdict"] == "at chance" and [part["verdict"] for part in row["categories"]] == ["above chance", "below chance"]
 
 
+def test_one_item_of_a_category_leaves_the_verdict_open():
+    row = scores.summary(record([1, 1, 1], ["a", "b", "b"], chance=[0.5] * 3))
+    assert row["verdict"] == "too few items" and math.isnan(row["standard_error"])
+
+
 @pytest.mark.parametrize(
     ("n_right", "n_yes", "verdict"),
     [(25, 0, "at"), (33, 0, "at"), (60, 0, "above"), (5, 0, "below"), (60, 62, "at"), (80, 62, "above")],

@@ -260,7 +260,9 @@ def test_measured_rows_bring_their_workload_and_interval(tmp_path):
     rows.to_csv(tmp_path / "rows.csv", index=False)
     pd.testing.assert_frame_equal(Tabled.read(tmp_path / "rows.csv").rows, read.rows)
     with pytest.raises(InputError, match="its rows have batch 1, not 8; leave one of the two out"):
-        Tabled.of(rows, Workload(batch=8, in_tokens=128, out_tokens=64))
+        Tabled.of(rows, batch=8)
+    # what a row does not say of its workload is what is asked for, and nothing else need be
+    assert Tabled.of(rows, kv_bits=8).work == replace(read.work, kv_bits=8)
     with pytest.raises(InputError, match="differ in dtype"):
         Tabled.of(pd.concat([rows, rows.assign(dtype="fp32")]))
 

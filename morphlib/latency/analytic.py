@@ -74,6 +74,10 @@ CPU_TIMES = ("ttft_s", "tpot_s")
 CPU_COLUMNS = ("shape", "engine", "dtype", "batch", "in_tokens", "out_tokens", *CPU_TIMES)
 
 
+class DoesNotFit(InputError):
+    """Weights and cache are larger than the memory of the device."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What is generated, and in which numbers: ``out_tokens`` for each of ``batch`` prompts of ``in_tokens`` tokens.
@@ -278,11 +282,11 @@ class Machine:
         return [first.total_s + (work.out_tokens - 1) * later.total_s for first, later in product(*zip(*phases, strict=True))]
 
     def check_room(self, shape: Shape, work: Workload) -> None:
-        """Raise ``InputError`` where weights and cache do not fit the device."""
+        """Raise ``DoesNotFit`` where weights and cache do not fit the device."""
         needed, memory = work.memory_bytes(shape), self.device.memory_bytes
         if needed > memory:
             room = f"{needed / 1e9:.1f} GB of weights and cache do not fit the {memory / 1e9:.0f} GB of {self.device.name}"
-            raise InputError(f"{shape}: {room}; take fewer bits, a smaller batch or shorter texts")
+            raise DoesNotFit(f"{shape}: {room}; take fewer bits, a smaller batch or shorter texts")
 
 
 def predict(
@@ -345,7 +349,7 @@ def ratio_if_both_fit(first: Shape, second: Shape, *where: Any, **workload: Any)
     """As `ratio`; None where one of the two does not fit the memory."""
     try:
         return ratio(first, second, *where, **workload)
-    except InputError:
+    except DoesNotFit:
         return None
 
 

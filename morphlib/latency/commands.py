@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if measured and not good:
         raise InputError(f"none of {len(measured)} configurations could be timed; the lines above say why")
     result: dict[str, Any] = {"results": [_result(m) for m in good], "errors": [m.error for m in measured if m.error]}
-    if len(groups) == 1:
+    if len(groups) == 1 and wanted[0] == planned[0] and not measured[0].error:
         for m, entry in zip(good[1:], result["results"][1:], strict=True):
             entry["ratio_to_first"] = _numbers(timing.ratio_of_medians(m.samples("e2e_s"), good[0].samples("e2e_s")))
     return result | {"skipped": len(planned) - len(wanted)}

@@ -255,6 +255,8 @@ class _Vllm:
 
         c = self.configuration = configuration
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if c.device not in ("auto", device):
+            raise InputError(f"vLLM runs on {device} here, not on {c.device}; leave out --device")
         model, self.facts = _admitted(c, device, vllm, transformers)
         if model.config.model_type == "open_lm":
             raise InputError(f"vLLM has no Open-LM; time a Llama of its shape: {model.shape}")

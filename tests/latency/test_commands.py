@@ -107,6 +107,14 @@ def test_measure_goes_on_after_a_failure_and_says_so(capsys, tmp_path):
     assert len(pd.read_csv(record)) == 1
 
 
+def test_ratios_are_to_the_shape_that_was_named_first_or_to_none(capsys):
+    other = TINY.replace("2x", "3x")
+    for first, compared in ((TINY, 1), ("400x20480", 0)):
+        asked = [word for shape in (first, other, TINY) for word in ("--shape", shape)]
+        results = json.loads(run(capsys, "measure", *asked[: 4 + 2 * (not compared)], "--json", *SMALL)[1])["results"]
+        assert len(results) == 2 and sum("ratio_to_first" in row for row in results) == compared
+
+
 def test_a_single_token_has_no_time_per_token(capsys, tmp_path):
     """As the protocols of the time to the first token ask for."""
     record = tmp_path / "rows.csv"
