@@ -34,14 +34,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.splitlines())}; see {self.prog} --help\n")
 
 
-def _law(name: str) -> str:
-    try:
-        laws.get(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return name
-
-
 def _mapping(text: str) -> dict[str, str]:
     pairs = [pair.split("=") for pair in text.split(",")]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
@@ -219,10 +211,7 @@ def _select(arguments: argparse.Namespace) -> dict[str, Any]:
         latencies: selection.Latencies = selection.Tabled.read(arguments.latencies, **asked)
     else:
         names = ("tolerance", "depths", "width_multiple", "n_heads", "queries_per_kv_head", "d_ff_ratios", "vocab", "tied")
-        try:
-            shapes = candidates(arguments.max_params, count=table["n_count"].iloc[0], **_given(arguments, *names))
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        shapes = candidates(arguments.max_params, count=table["n_count"].iloc[0], **_given(arguments, *names))
         machine = Machine.of(arguments.gpu, arguments.mode, weight_bits=work.weight_bits)
         latencies = selection.Predicted(shapes, machine, work)
     print(f"morph select: {len(latencies.shapes)} candidate shapes", file=sys.stderr)
@@ -339,7 +328,6 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     "from 2": _number(2),
     "above zero": _above_zero,
     "microseconds": latency.microseconds,
-    "law": _law,
     "mapping": _mapping,
     "range": _range,
 }

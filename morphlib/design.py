@@ -64,11 +64,8 @@ def rank_next_runs(
         c = np.eye(len(law.parameters))[[law.parameters.index(law.free_name(parameter))]]
     else:
         raise InputError(f"{law.name} has no parameter {parameter!r}; choose one of {', '.join(law.parameters)}")
-    _, singular, rotation = np.linalg.svd(jacobian / lengths, full_matrices=True)
-    # square roots of the eigenvalues of J'J, where there are fewer rows than parameters the rest are zero
-    roots = np.zeros(len(lengths))
-    roots[: len(singular)] = singular
-    whitening = rotation.T / np.hypot(roots, roots[0] / CONDITION_LIMIT)  # W W' = (J'J + floor^2)^-1
+    _, singular, rotation = np.linalg.svd(jacobian / lengths, full_matrices=False)
+    whitening = rotation.T / np.hypot(singular, singular[0] / CONDITION_LIMIT)  # W W' = (J'J + floor^2)^-1
     c, x = c @ whitening, x @ whitening
     # the fraction of sum_c c' M c that each candidate would take away
     gain = ((c @ x.T) ** 2).sum(axis=0) / (1 + (x**2).sum(axis=1)) / (c**2).sum()

@@ -27,6 +27,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from morphlib.errors import InputError
+
 Array = NDArray[np.float64]
 Values = Mapping[str, Array]
 Exponents = Literal["tied", "gamma", "free"]
@@ -277,15 +279,15 @@ def get(name: str, exponents: Exponents = "tied") -> Law:
 
     ``exponents``: ``tied`` holds alpha = beta = gamma, as the paper fits (of a base of several shape
     exponents, those of width and depth are held equal); ``gamma`` frees only gamma, the authors'
-    untied fit; ``free`` frees each. Raises ``ValueError`` for any other name.
+    untied fit; ``free`` frees each. Raises ``InputError`` for any other name.
     """
     base_name, _, shape_name = ALIASES.get(name, name).partition("+")
     if base_name not in BASES or (shape_name and shape_name not in SHAPE_TERMS) or name.endswith("+"):
-        raise ValueError(
+        raise InputError(
             f"{name!r} is not a law; choose one of {', '.join(NAMES)}, or BASE+SHAPE with SHAPE one of {', '.join(SHAPE_TERMS)}"
         )
     if exponents not in EXPONENTS:
-        raise ValueError(f"{exponents!r} does not say which exponents are free; choose one of {', '.join(EXPONENTS)}")
+        raise InputError(f"{exponents!r} does not say which exponents are free; choose one of {', '.join(EXPONENTS)}")
     base, shape = BASES[base_name], SHAPE_TERMS.get(shape_name)
     ties = {} if exponents == "free" else dict(base.tied)
     if exponents == "tied" and shape_name == "power" and "alpha" in base.exponents:

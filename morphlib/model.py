@@ -64,10 +64,6 @@ class OpenLMConfig(PreTrainedConfig):
     use_cache: bool = True
     rope_parameters: dict | None = None  # type: ignore[type-arg]
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10_000.0}
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self) -> None:
         """Called by transformers; the checks are those of `Shape`."""
         _ = self.shape
@@ -245,16 +241,13 @@ def config_of_open_lm(path: Path, model_norm: str | None = None) -> OpenLMConfig
     Open-LM's default, ``default_layer_norm``. Raises ``InputError`` for a file that cannot be read or asks for weights that
     this model does not have.
     """
-    try:
-        given = open_lm_configuration(path)
-        name = given.get("model_norm", model_norm or "default_layer_norm")
-        if name not in OPEN_LM_NORMS or given["positional_embedding_type"] != "rotary":
-            norms = ", ".join(OPEN_LM_NORMS)
-            raise ValueError(f"{path}: has the norm {name!r} or other positions; this model has rotary ones and {norms}")
-        shape = replace(given["shape"], norm=OPEN_LM_NORMS[name])
-        return OpenLMConfig.of(shape, qk_norm=given["qk_norm"], max_tokens=given["seq_len"])
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    given = open_lm_configuration(path)
+    name = given.get("model_norm", model_norm or "default_layer_norm")
+    if name not in OPEN_LM_NORMS or given["positional_embedding_type"] != "rotary":
+        norms = ", ".join(OPEN_LM_NORMS)
+        raise InputError(f"{path}: has the norm {name!r} or other positions; this model has rotary ones and {norms}")
+    shape = replace(given["shape"], norm=OPEN_LM_NORMS[name])
+    return OpenLMConfig.of(shape, qk_norm=given["qk_norm"], max_tokens=given["seq_len"])
 
 
 def read_open_lm(checkpoint: Path, config: OpenLMConfig) -> OpenLMForCausalLM:

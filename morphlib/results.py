@@ -80,13 +80,8 @@ def differences(before: Numbers, after: Numbers) -> pd.DataFrame:
     rows = []
     for name in sorted({*before, *after}):
         old, new = before.get(name), after.get(name)
-        if old == new:
-            continue
-        relative = math.nan
-        if isinstance(old, int | float) and isinstance(new, int | float):
-            relative = (new - old) / abs(old) if old else math.nan
-            if abs(relative) <= RELATIVE:
-                continue
-        rows.append((name, "–" if old is None else f"{old:.6g}" if isinstance(old, float) else str(old),
-                     "–" if new is None else f"{new:.6g}" if isinstance(new, float) else str(new), relative))  # fmt: skip
+        relative = (new - old) / abs(old) if isinstance(old, int | float) and isinstance(new, int | float) and old else math.nan
+        if old != new and not abs(relative) <= RELATIVE:
+            shown = ["–" if one is None else f"{one:.6g}" if isinstance(one, float) else str(one) for one in (old, new)]
+            rows.append((name, *shown, relative))
     return pd.DataFrame(rows, columns=["number", "before", "after", "relative"])

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from morphlib.errors import InputError
 from morphlib.laws import Array
-from morphlib.shapes import CONVENTIONS, Convention, Shape
+from morphlib.shapes import CONVENTIONS, SIZES, Convention, Shape
 
 # Norms, biases and a rounded figure move a count by less than this; the wrong convention moves
 # the paper's counts by 14 % or more.
@@ -266,19 +266,6 @@ def check(table: pd.DataFrame, where: str, *, measured: bool = True) -> pd.DataF
     raise InputError(f"{where}: row {row + 2}, column {name}: {found} {expected}; mend or remove the row")
 
 
-def _shape(row: pd.Series) -> Shape:
-    heads = int(row.get("n_heads", 1))
-    return Shape.of(
-        int(row["d_model"]),
-        int(row["n_layers"]),
-        n_heads=heads,
-        n_kv_heads=int(row.get("n_kv_heads", heads)),
-        d_ff=int(row["d_ff"]),
-        vocab=int(row["vocab"]),
-        tied=bool(row.get("tied", 0)),
-    )
-
-
 def _recounted(table: pd.DataFrame, count: Convention | None, where: str) -> pd.DataFrame:
     """The table with ``n_params`` counted as ``count`` says, and checked if the table says enough about its shapes."""
     if count is not None and (table["n_count"] != count).any():
@@ -286,9 +273,10 @@ def _recounted(table: pd.DataFrame, count: Convention | None, where: str) -> pd.
     if not {"d_ff", "vocab"} <= set(table.columns):
         return table
     numbers = []
-    for index, (_, row) in enumerate(table.iterrows()):
+    for index, row in enumerate(table.to_dict("records")):
+        sizes = {name: row[name] for name in SIZES if name in row}
         try:
-            shape = _shape(row)
+            shape = Shape.of(**{"n_heads": 1} | sizes, tied=bool(row.get("tied", 0)))
         except ValueError as error:
             raise InputError(f"{where}: row {index + 2}: {error}") from None
         counted = shape.n_params(row["n_count"])

@@ -522,15 +522,10 @@ def lifetime(fit: Fit, shapes: Shapes, loss: float, inference_tokens: float, ran
 
 
 class Study(NamedTuple):
-    """What `predict_rank_select` did: the ``released`` shape, what was ``trained``, and a table with every shape.
-
-    Its columns: shape, loss, latency_s, within (the cap), rank (by predicted loss, of those within), probability_best,
-    trained, and ``score``, of those that were evaluated.
-    """
+    """What `predict_rank_select` did: the ``released`` shape, and what was ``trained``, least predicted loss first."""
 
     released: Shape
     trained: dict[Shape, Any]
-    table: pd.DataFrame
 
 
 def predict_rank_select(
@@ -542,7 +537,6 @@ def predict_rank_select(
     evaluate: Callable[[Any], float],
     max_latency_s: float,
     contain: float = CONTAIN,
-    progress: Callable[[str], None] = lambda line: None,
 ) -> Study:
     """The paper's method (section 2.3 and figure 6) with every step given: the best shape within a latency.
 
@@ -552,31 +546,17 @@ def predict_rank_select(
     through ``evaluate``, whose score is the better the higher. The best score is released, the lower predicted
     loss where scores are equal. Raises ``InputError`` where no shape is within the latency.
     """
-    losses, latency_s = np.atleast_2d(predict(shapes)), np.empty(len(shapes))
-    for i in range(len(shapes)):
-        progress(f"latency of {shapes[i]}, {i + 1} of {len(shapes)}")
-        latency_s[i] = measure(shapes[i])
-    table = pd.DataFrame({"shape": [str(shapes[i]) for i in range(len(shapes))], "loss": losses[0], "latency_s": latency_s})
-    table["within"] = latency_s <= max_latency_s
-    if not table["within"].any():
+    losses, latency_s = np.atleast_2d(predict(shapes)), np.array([measure(shapes[i]) for i in range(len(shapes))])
+    within = np.flatnonzero(latency_s <= max_latency_s)
+    if not len(within):
         fastest = int(latency_s.argmin())
         raise InputError(
             f"no shape is within {max_latency_s:.4g} s: the fastest, {shapes[fastest]}, takes {latency_s[fastest]:.4g} s; "
             "raise the latency or give other shapes"
         )
-    ranked = table[table["within"]].sort_values("loss", kind="stable").index.to_numpy()
+    ranked = within[losses[0, within].argsort(kind="stable")]
     draws = losses[1:, ranked] if len(losses) > 1 else losses[:, ranked]
     odds = np.bincount(draws.argmin(axis=1), minlength=len(ranked)) / len(draws)
-    chosen = ranked[to_train(odds, contain)]
-    table["rank"] = pd.Series(range(1, len(ranked) + 1), ranked).reindex(table.index).astype("Int64")
-    table["probability_best"] = pd.Series(odds, ranked)
-    table["trained"] = table.index.isin(chosen)
-    trained: dict[Shape, Any] = {}
-    scores = np.full(len(shapes), np.nan)
-    for number, i in enumerate(chosen, start=1):
-        progress(f"training {shapes[i]}, {number} of {len(chosen)}")
-        trained[shapes[i]] = train(shapes[i])
-        scores[i] = evaluate(trained[shapes[i]])
-    table["score"] = scores
-    released = chosen[scores[chosen].argmax()]
-    return Study(shapes[released], trained, table)
+    trained = {shapes[int(i)]: train(shapes[int(i)]) for i in ranked[to_train(odds, contain)]}
+    # of equal scores the first, which has the lower predicted loss
+    return Study(max(trained, key=lambda shape: evaluate(trained[shape])), trained)

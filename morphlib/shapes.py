@@ -21,6 +21,8 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from morphlib.errors import InputError
+
 Convention = Literal["total", "without_input_embedding", "non_embedding"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
@@ -129,7 +131,7 @@ class _Counted(Generic[Number]):
         out the input table where it is a table of its own, ``non_embedding`` both tables.
         """
         if convention not in CONVENTIONS:
-            raise ValueError(f"{convention!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
+            raise InputError(f"{convention!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")
         groups = self.parameters_by_group()
         n_params = groups["attention"] + groups["feed_forward"] + groups["norms"]
         if convention != "non_embedding":
@@ -151,7 +153,7 @@ class _Counted(Generic[Number]):
         (arXiv 2405.04434, section 2.1).
         """
         if latent_width is not None and latent_width < 1:
-            raise ValueError(f"the latent width is {latent_width}; give a whole number of at least 1")
+            raise InputError(f"the latent width is {latent_width}; give a whole number of at least 1")
         width = 2 * self.n_kv_heads * self.head_size if latent_width is None else latent_width
         return _bytes(self.n_layers * width, bits)
 
@@ -171,7 +173,7 @@ class _Counted(Generic[Number]):
         A token attends to (in_tokens + 1) / 2 tokens on average, itself among them.
         """
         if in_tokens < 1:
-            raise ValueError(f"in_tokens is {in_tokens}; give a whole number of at least 1")
+            raise InputError(f"in_tokens is {in_tokens}; give a whole number of at least 1")
         head = 2 * self.parameters_by_group()["output_head"]
         return self.decode_flops_per_token((in_tokens + 1) / 2) - head + head / in_tokens
 
@@ -181,7 +183,7 @@ class Shape(_Counted[int]):
     """A decoder-only transformer with SwiGLU, rotary positions and pre-norm, without linear biases.
 
     Widths and counts are positive integers. ``n_heads`` divides ``d_model`` and ``n_kv_heads``
-    divides ``n_heads``; a ``ValueError`` says which of these does not hold.
+    divides ``n_heads``; a ``InputError`` says which of these does not hold.
     """
 
     vocab: int = GPT_NEOX_VOCABULARY
@@ -191,13 +193,13 @@ class Shape(_Counted[int]):
         for field in SIZES:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} is {value!r}; give a whole number of at least 1")
+                raise InputError(f"{field} is {value!r}; give a whole number of at least 1")
         if self.d_model % self.n_heads:
-            raise ValueError(f"{self.n_heads} heads do not divide the width {self.d_model}; choose a divisor")
+            raise InputError(f"{self.n_heads} heads do not divide the width {self.d_model}; choose a divisor")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_kv_heads} key-value heads do not divide {self.n_heads} heads; choose a divisor")
+            raise InputError(f"{self.n_kv_heads} key-value heads do not divide {self.n_heads} heads; choose a divisor")
         if self.norm not in get_args(Norm):
-            raise ValueError(f"norm is {self.norm!r}; choose one of {', '.join(get_args(Norm))}")
+            raise InputError(f"norm is {self.norm!r}; choose one of {', '.join(get_args(Norm))}")
 
     @classmethod
     def of(
@@ -214,7 +216,7 @@ class Shape(_Counted[int]):
     ) -> Shape:
         """A shape from its width and depth, the rest filled in by the defaults of Open-LM."""
         if d_model < 1:
-            raise ValueError(f"d_model is {d_model}; give a whole number of at least 1")
+            raise InputError(f"d_model is {d_model}; give a whole number of at least 1")
         heads = default_heads(d_model) if n_heads is None else n_heads
         return cls(
             d_model=d_model,
@@ -234,7 +236,7 @@ class Shape(_Counted[int]):
         ``12x3072`` is 12 layers of width 3072; ``12x3072/16h/4kv/8192ff/50432v`` states the rest,
         ``/ff=8d/3`` takes the plain SwiGLU ratio, ``/tied`` shares the embedding with the head. ``vocab``
         is the vocabulary of a specification that states none.
-        Raises ``ValueError`` with what to write instead.
+        Raises ``InputError`` with what to write instead.
         """
         if text.endswith(".json"):
             return _of_open_lm(Path(text))
@@ -244,7 +246,7 @@ class Shape(_Counted[int]):
                 return named[name]
         match = _SPECIFICATION.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text!r} is not a shape; {_HOW_TO_WRITE}")
+            raise InputError(f"{text!r} is not a shape; {_HOW_TO_WRITE}")
         d_model, n_layers = int(match["d_model"]), int(match["n_layers"])
         given: dict[str, int] = {}  # of what the specification states
         end = 0
@@ -256,11 +258,11 @@ class Shape(_Counted[int]):
             given[field] = plain_swiglu_width(d_model) if plain_ratio else True if tied else int(number)
             end = part.end()
         if end != len(match["rest"]):
-            raise ValueError(f"{text!r} is not a shape: cannot read {match['rest'][end:]!r}; {_HOW_TO_WRITE}")
+            raise InputError(f"{text!r} is not a shape: cannot read {match['rest'][end:]!r}; {_HOW_TO_WRITE}")
         try:
             return cls.of(d_model, n_layers, **{"vocab": vocab} | given)  # type: ignore[arg-type]
         except ValueError as error:
-            raise ValueError(f"{text!r} is not a shape: {error}") from None
+            raise InputError(f"{text!r} is not a shape: {error}") from None
 
     def __str__(self) -> str:
         tied = "/tied" if self.tied else ""
@@ -270,7 +272,7 @@ class Shape(_Counted[int]):
 def open_lm_configuration(path: Path) -> dict[str, Any]:
     """An Open-LM model configuration (JSON), as in its ``model_configs`` folder, with its defaults and the ``shape`` it makes.
 
-    The shape's norms are gain-only, as the paper's N counts them, whatever ``model_norm`` says. Raises ``ValueError`` for a
+    The shape's norms are gain-only, as the paper's N counts them, whatever ``model_norm`` says. Raises ``InputError`` for a
     file that cannot be read, lacks a field, or describes weights that are not counted here.
     """
     defaults = {"weight_tying": False, "post_embed_norm": False, "qk_norm": False, "seq_len": 2048}
@@ -278,21 +280,21 @@ def open_lm_configuration(path: Path) -> dict[str, Any]:
         given = defaults | {"ffn_type": "swiglu", "positional_embedding_type": "rotary"} | json.loads(path.read_text("utf-8"))
         positions, feed_forward, tied = (given[name] for name in ("positional_embedding_type", "ffn_type", "weight_tying"))
         if positions not in ("rotary", "head_rotary") or not feed_forward.startswith("swiglu") or given["post_embed_norm"]:
-            raise ValueError("only rotary positions and swiglu are read, without a norm after the embedding")
+            raise InputError("only rotary positions and swiglu are read, without a norm after the embedding")
         if not isinstance(tied, bool):
-            raise ValueError("weight_tying must be true or false")
+            raise InputError("weight_tying must be true or false")
         heads, vocab = int(given["n_heads"]), given["vocab_size"]
         return given | {"shape": Shape.of(given["hidden_dim"], given["n_layers"], n_heads=heads, vocab=vocab, tied=tied)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         known = {KeyError: f"the field {error} is missing", FileNotFoundError: "cannot be read, there is no such file"}
         what = " ".join(known.get(type(error), str(error)).split())
-        raise ValueError(f"{path}: {what}; give an Open-LM model configuration") from None
+        raise InputError(f"{path}: {what}; give an Open-LM model configuration") from None
 
 
 def _of_open_lm(path: Path) -> Shape:
     given = open_lm_configuration(path)
     if given["qk_norm"]:
-        raise ValueError(f"{path}: qk_norm asks for weights that are not counted; remove the option")
+        raise InputError(f"{path}: qk_norm asks for weights that are not counted; remove the option")
     shape: Shape = given["shape"]
     return shape
 
@@ -306,10 +308,10 @@ class Shapes(_Counted[Array]):
 
     @classmethod
     def of(cls, shapes: Sequence[Shape]) -> Shapes:
-        """The shapes of a list; their norms must be of one kind, or ``ValueError`` says so."""
+        """The shapes of a list; their norms must be of one kind, or ``InputError`` says so."""
         norms = {shape.norm for shape in shapes} or {"gain_only_layer_norm"}
         if len(norms) > 1:
-            raise ValueError(f"the shapes have different norms, {', '.join(sorted(norms))}; take those of one kind")
+            raise InputError(f"the shapes have different norms, {', '.join(sorted(norms))}; take those of one kind")
         sizes = {field: np.array([getattr(shape, field) for shape in shapes], dtype=float) for field in SIZES}
         return cls(**sizes, tied=np.array([shape.tied for shape in shapes], dtype=bool), norm=norms.pop())
 
@@ -345,16 +347,16 @@ def candidates(
     Widths are multiples of ``width_multiple``. The heads of a width have the first of ``head_sizes`` that divides it;
     with ``n_heads`` they are that many, of any even size. Each head of keys and values serves one of
     ``queries_per_kv_head`` heads: 1 is MHA, more is GQA. A feed-forward layer is one of ``d_ff_ratios`` times as wide as
-    the model, rounded to 64; None is Open-LM's rule (`swiglu_width`). Ordered by depth, then width. Raises ``ValueError``
+    the model, rounded to 64; None is Open-LM's rule (`swiglu_width`). Ordered by depth, then width. Raises ``InputError``
     for constraints that make no sense, and where no shape is left, with the size of the smallest.
     """
     for name, numbers in (("depths", depths), ("head_sizes", head_sizes), ("queries_per_kv_head", queries_per_kv_head)):
         if not len(numbers) or min(numbers) < 1:
-            raise ValueError(f"{name} is {list(numbers)}; give whole numbers of at least 1")
+            raise InputError(f"{name} is {list(numbers)}; give whole numbers of at least 1")
     if min(width_multiple, vocab, n_heads or 1) < 1 or any(ratio is not None and not ratio > 0 for ratio in d_ff_ratios):
-        raise ValueError("width_multiple, n_heads, vocab and the ratios of d_ff must be above zero")
+        raise InputError("width_multiple, n_heads, vocab and the ratios of d_ff must be above zero")
     if not (0 < max_params < np.inf and 0 <= tolerance <= 1):
-        raise ValueError(
+        raise InputError(
             f"{max_params:.4g} parameters with a tolerance of {tolerance:.4g} is no budget; give a finite number above zero, "
             "and from 0 to 1"
         )
@@ -370,7 +372,7 @@ def candidates(
                 d_ff = swiglu_width(width) if ratio is None else 64 * max(1, round(ratio * width / 64))
                 rows.append((width, heads, heads // queries, d_ff))
     if not rows:
-        raise ValueError("no width has heads of that size or number; give others, or another width_multiple")
+        raise InputError("no width has heads of that size or number; give others, or another width_multiple")
     by_width, layers = np.array(list(dict.fromkeys(rows)), dtype=float), np.array(sorted(set(depths)), dtype=float)
     d_model, heads_, kv_heads, d_ff_ = np.tile(by_width.T, len(layers))
     every = Shapes(
@@ -387,7 +389,7 @@ def candidates(
     if not within.any():
         nearest = int(np.abs(np.log(n_params / np.clip(n_params, min_params, max_params))).argmin())
         budget = f"{min_params:.4g} to {max_params:.4g}" if min_params else f"{max_params:.4g} or fewer"
-        raise ValueError(
+        raise InputError(
             f"no shape has {budget} parameters ({count}): under these constraints the nearest, {every[nearest]}, "
             f"has {n_params[nearest]:.4g}; change the budget or the constraints"
         )
@@ -397,7 +399,7 @@ def candidates(
 def _bytes(numbers: Number, bits: int) -> Number:
     """Of so many numbers; of one shape in whole bytes, of arrays not rounded, for optimizers take their slopes."""
     if bits not in BITS:
-        raise ValueError(f"{bits!r} bits are not counted; choose one of {', '.join(map(str, BITS))}")
+        raise InputError(f"{bits!r} bits are not counted; choose one of {', '.join(map(str, BITS))}")
     return numbers * bits // 8 if isinstance(numbers, int) else numbers * bits / 8
 
 

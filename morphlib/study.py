@@ -32,11 +32,8 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 PLAN, TABLE, PREDICTIONS = DATA / "study_plan.csv", DATA / "small_runs.csv", DATA / "small_predictions.csv"
 LATENCIES = DATA / "latency_small.csv"
-PARTS = {
-    "tuning": "the learning rate, at the two smallest sizes and at two larger shapes",
-    "fit": "what laws are fitted to",
-    "largest": "the shapes that were ranked before they were trained",
-}
+# for the learning rate, at the two smallest sizes and at two larger shapes; for laws to be fitted to; ranked before trained
+PARTS = ("tuning", "fit", "largest")
 RECIPE = "small"
 N_PAIRS = 2000  # minimal pairs of each task, for each model
 TASKS = ("agreement", "spelling")

@@ -70,13 +70,8 @@ def dictionary(folder: Path = DATA) -> str:
 
 
 def _type(values: pd.Series) -> str:
-    if values.isna().all():
-        return "empty"
-    if pd.api.types.is_bool_dtype(values):
-        return "true or false"
-    if pd.api.types.is_integer_dtype(values):
-        return "integer"
-    return "number" if pd.api.types.is_numeric_dtype(values) else "text"
+    kinds = {"b": "true or false", "i": "integer", "u": "integer", "f": "number"}
+    return "empty" if values.isna().all() else kinds.get(values.dtype.kind, "text")
 
 
 def _values(values: pd.Series) -> str:

@@ -170,11 +170,7 @@ def show_ranked(result: dict[str, Any]) -> None:
 
 
 def _shape(given: dict[str, Any], vocab: int | None = None) -> Shape:
-    try:
-        shape = Shape.parse(given["shape"], *([] if vocab is None else [vocab]))
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return replace(shape, norm=given["norm"])
+    return replace(Shape.parse(given["shape"], *([] if vocab is None else [vocab])), norm=given["norm"])
 
 
 @contextmanager

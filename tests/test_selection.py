@@ -383,17 +383,15 @@ def test_the_method_of_the_paper_from_its_public_numbers(paper):
     }
     study = predict_rank_select(shapes, **steps, max_latency_s=2.0)
     assert study.released == Shape.parse("12x3072") and asked == [study.released]
-    assert study.table["within"].tolist() == [False, False, True]
     wider = predict_rank_select(shapes, **steps, max_latency_s=4.0)
     assert wider.released == Shape.parse("24x2048")
-    assert wider.table["rank"].tolist() == [1, 2, 3]
     with pytest.raises(InputError, match=r"the fastest, 12x3072.*takes 1\.96 s"):
         predict_rank_select(shapes, **steps, max_latency_s=1.0)
 
 
 def test_as_many_are_trained_as_the_draws_ask_for():
     shapes = Shapes.of([Shape.of(128, layers) for layers in (2, 4, 6, 8)])
-    rng, lines = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
     values = np.array([3.0, 3.01, 3.02, 4.0])
     study = predict_rank_select(
         shapes,
@@ -402,12 +400,9 @@ def test_as_many_are_trained_as_the_draws_ask_for():
         train=lambda shape: shape.n_layers,
         evaluate=float,  # the deepest scores best
         max_latency_s=8.0,
-        progress=lines.append,
     )
     assert [shape.n_layers for shape in study.trained] == [2, 4, 6]
     assert study.released.n_layers == 6
-    assert study.table["trained"].tolist() == [True, True, True, False]
-    assert lines[0].startswith("latency of 2x128") and lines[-1].startswith("training 6x128")
 
 
 def test_candidates_hold_the_papers_1b_shapes_under_their_constraints():
