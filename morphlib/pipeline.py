@@ -129,9 +129,9 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
     try:
         papermill.execute_notebook(notebook, partial, dict(parameters), progress_bar=True)
     except papermill.PapermillExecutionError as error:
-        raise InputError(
-            f"{notebook}: cell {error.exec_count} failed with {error.ename}: {error.evalue}; what ran is in {partial}"
-        ) from None
+        at = re.findall(r"-> *\d+ (.*)", re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)))
+        said = f"{error.ename}: {error.evalue or ''.join(at[:1])}"  # an assertion without words is told by its line
+        raise InputError(f"{notebook}: cell {error.exec_count} failed with {said}; what ran is in {partial}") from None
     except RuntimeError as error:  # cells run in a process of their own: this is about that process
         raise InputError(f"{notebook}: its kernel died ({error}); see that there is memory, and run it again") from None
     content = json.loads(partial.read_text(encoding="utf-8"))

@@ -130,12 +130,14 @@ def short_count(number: float) -> str:
 
 
 def table(data: pd.DataFrame, caption: str, formats: Mapping[str, str | Callable[[float], str]] | None = None) -> HTML:
-    """A table for the page, without the index. A missing value shows as a dash; more than 8 rows can be sorted.
+    """A table for the page, without the index; more than 8 rows can be sorted. A missing value shows as a dash, a bool as yes
+    or no.
 
     ``formats`` gives a format (``"{:.2f}"`` or a function) by column; of columns with two levels, by the lower one.
     """
     lower = {column: column[-1] if isinstance(column, tuple) else column for column in data.columns}
-    chosen: dict[Any, Any] = {column: formats[name] for column, name in lower.items() if formats and name in formats}
+    chosen: dict[Any, Any] = dict.fromkeys(data.select_dtypes("bool"), lambda yes: "yes" if yes else "no")
+    chosen |= {column: formats[name] for column, name in lower.items() if formats and name in formats}
     texts = [column for column in data.columns if not pd.api.types.is_numeric_dtype(data[column])]
     left: Any = [{"selector": "th, td", "props": "text-align: left"}]
     style = (

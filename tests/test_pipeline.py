@@ -96,6 +96,8 @@ def test_a_failed_execution_keeps_its_partial_notebook_aside_and_the_good_one(tm
     assert out.read_bytes() == good
     partial = nbformat.read(tmp_path / "out.partial.ipynb", as_version=4)
     assert any(cell.get("outputs") and cell.outputs[0].get("text") == "ran\n" for cell in partial.cells)
+    with pytest.raises(InputError, match=r"AssertionError: assert value == 2  # as printed; what ran is in"):
+        pipeline.execute(notebook(tmp_path / "n.ipynb", "value = 1\nassert value == 2  # as printed"), out, {})
 
 
 def test_presets_name_notebooks_and_parameters_that_exist():
