@@ -183,7 +183,7 @@ class Shape(_Counted[int]):
     """A decoder-only transformer with SwiGLU, rotary positions and pre-norm, without linear biases.
 
     Widths and counts are positive integers. ``n_heads`` divides ``d_model`` and ``n_kv_heads``
-    divides ``n_heads``; a ``InputError`` says which of these does not hold.
+    divides ``n_heads``; an ``InputError`` says which of these does not hold.
     """
 
     vocab: int = GPT_NEOX_VOCABULARY
