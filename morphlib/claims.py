@@ -54,6 +54,13 @@ def read(path: Path) -> pd.DataFrame:
     return stated
 
 
+def comparable(stated: pd.DataFrame, *executions: Numbers) -> pd.DataFrame:
+    """The claims whose numbers each of these has."""
+    texts = stated[["number", "value", "caveat_number", "caveat_value"]]
+    known = texts.map(lambda text: ":" not in text or all(_named(text, numbers) for numbers in executions))
+    return stated[known.all(axis=1)]
+
+
 def judge(stated: pd.DataFrame, numbers: Numbers) -> pd.DataFrame:
     """The claims with ``ours``, the number found, ``against``, what it is held against, and ``verdict``.
 
@@ -83,17 +90,22 @@ def _holds(number: str, relation: str, value: str, tolerance: str, numbers: Numb
     return bool(RELATIONS[relation](found, against, float(tolerance or 0)))
 
 
+def _named(text: str, numbers: Numbers) -> list[Any]:
+    """What ``NOTEBOOK:NAME`` stands for, the notebook named in full or by its number; empty where no notebook has it."""
+    notebook, _, name = text.partition(":")
+    of = [values for stem, values in numbers.items() if stem == notebook or stem.startswith(f"{notebook}_")]
+    return [values[name] for values in of if name in values]
+
+
 def _number(text: str, numbers: Numbers, claim: str) -> float:
     """A number as written, or that which ``NOTEBOOK:NAME`` stands for; of a text such as ``0.85 ± 0.06`` the first number."""
-    notebook, separator, name = text.partition(":")
-    if separator:
-        found = [values for stem, values in numbers.items() if stem == notebook or stem.startswith(f"{notebook}_")]
-        if not any(name in values for values in found):
+    if ":" in text:
+        found = _named(text, numbers)
+        if not found:
             raise InputError(f"the claim {claim!r} rests on {text}, which no notebook hands over; mend book/claims.csv")
-        value = next(values[name] for values in found if name in values)
-        if value is None:
+        if found[0] is None:
             raise InputError(f"the claim {claim!r} rests on {text}, which has no value; see what its notebook made it from")
-        text = str(value)
+        text = str(found[0])
     leading = re.match(r"[-+−]?\d+(\.\d+)?(e[-+]?\d+)?", text)
     if not leading:
         raise InputError(f"the claim {claim!r} rests on {text!r}, which is no number; mend book/claims.csv")

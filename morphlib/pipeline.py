@@ -359,7 +359,10 @@ def record(notebooks: Path, output: Path) -> None:
 
 
 def difference(before: Path, after: Path) -> str:
-    """What changed between the numbers of two executions, as Markdown: numbers, figures, and verdicts on the paper's claims."""
+    """What changed between the numbers of two executions, as Markdown: numbers, figures, and verdicts on the paper's claims.
+
+    A claim that rests on a number which one of them lacks has no verdict to compare.
+    """
     old, new = results.read(before), results.read(after)
     parts = []
     for notebook in sorted({*old, *new}):
@@ -373,8 +376,9 @@ def difference(before: Path, after: Path) -> str:
         lines += [f"  - figure: {caption}" for caption in redrawn["number"]]
         if lines:
             parts += [f"- `{notebook}`", *lines]
-    stated = claims.read(Path("book/claims.csv"))
-    verdicts = [claims.judge(stated, {name: r["numbers"] for name, r in found.items()}) for found in (old, new)]
+    both = [{name: result["numbers"] for name, result in found.items()} for found in (old, new)]
+    stated = claims.comparable(claims.read(Path("book/claims.csv")), *both)
+    verdicts = [claims.judge(stated, numbers) for numbers in both]
     moved = [f"- **{claim}**: {was} → {now}" for claim, was, now in
              zip(stated["claim"], verdicts[0]["verdict"], verdicts[1]["verdict"], strict=True) if was != now]  # fmt: skip
     return "\n".join([

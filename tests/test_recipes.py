@@ -35,7 +35,7 @@ def test_the_table_has_every_hyper_parameter_of_the_paper_with_its_source():
     keys = [(row["recipe"], row["quantity"]) for row in rows]
     assert len(set(keys)) == len(keys)
     ours = {"accumulate", "base_width", "compile", "seed"}  # which the paper's scripts do not set
-    beside = {"norm", "shape", "tokens", "chunks", "gpus", "tokenizer", "shard_sequences", "data_seed"}
+    beside = {"norm", "shape", "tokens", "chunks", "gpus", "text", "tokenizer", "shard_sequences", "data_seed"}
     for name in ("paper", "morph-1b"):
         assert {field.name for field in fields(Recipe)} - ours <= set(quantities(name))
     assert {quantity for _, quantity in keys} <= {field.name for field in fields(Recipe)} | beside

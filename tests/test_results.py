@@ -84,6 +84,17 @@ def test_the_difference_of_two_executions_names_numbers_figures_and_moved_verdic
     assert "`chinchilla_r2`" in told and "Its R² is 0.9895**: reproduced → not supported" in told
 
 
+def test_two_executions_of_one_notebook_are_compared_with_the_verdicts_that_rest_on_it_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    numbers = results.published()["03_fitting_the_law"]["numbers"]
+    before, after = tmp_path / "a/03_fitting_the_law.ipynb", tmp_path / "b/03_fitting_the_law.ipynb"
+    for path, r2 in ((before, numbers["chinchilla_r2"]), (after, 0.5)):
+        path.parent.mkdir()
+        executed(path, numbers | {"chinchilla_r2": r2})
+    told = pipeline.difference(before, after)
+    assert "Its R² is 0.9895**: reproduced → not supported" in told and told.count("→ not supported") == 1
+
+
 def test_numbers_are_recorded_only_of_every_notebook_at_the_published_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     executed(tmp_path / "03_fitting_the_law.ipynb", {"x": 1.0})
