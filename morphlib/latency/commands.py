@@ -104,7 +104,8 @@ def predict(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     results = []
     for text in arguments.shape:
-        shape, architecture = models.shape_of(text)
+        shape, own = models.shape_of(text)
+        architecture = arguments.architecture or own
         for gpu in arguments.gpu or ["A100-40GB"]:
             predicted = analytic.predict(shape, gpu, arguments.mode, architecture=architecture, **given)
             times = {name: _numbers(getattr(predicted, name)) for name in TIMES}

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from morphlib import cli
-from morphlib.latency import hardware, timing
+from morphlib.latency import analytic, hardware, timing
+from morphlib.shapes import Shape
 
 TINY = "2x64/1h/1kv/128ff/256v"
 SMALL = ["--dtype", "fp32", "--device", "cpu", "--threads", "1", "--in-tokens", "8", "--out-tokens", "4", "--quick"]
@@ -41,6 +42,15 @@ def test_predict_keeps_its_contract(capsys, gpu, mode):
     assert json.loads(out)["results"][0]["shape"] == "12x3072/16h/16kv/8192ff/50432v"
 
 
+def test_a_shape_is_predicted_by_the_code_that_is_named(capsys):
+    def e2e_s(*named: str) -> float:
+        _, out, _ = run(capsys, "predict", "--shape", "12x3072", "--json", *named)
+        return json.loads(out)["results"][0]["e2e_s"]["value"]
+
+    assert e2e_s() == e2e_s("--architecture", "llama")
+    assert e2e_s("--architecture", "open_lm") == analytic.predict(Shape.parse("12x3072")).e2e_s.value != e2e_s()
+
+
 def test_predict_shows_a_table(capsys):
     code, out, _ = run(capsys, "predict", "--shape", "24x2048", "--gpu", "H100", "--gpu", "A30")
     assert code == 0 and out.count("24x2048/16h/16kv/5632ff/50432v") == 2 and "llama" in out
@@ -65,6 +75,7 @@ def test_a_given_launch_cost_moves_an_eager_prediction(capsys):
         (["predict", "--shape", "12x3072", "--host-launch-us", "5,6,7"], "is not a cost"),
         (["predict", "--shape", "12x3072", "--host-launch-us", "5,4"], "is not a cost"),
         (["predict", "--shape", "12x3072", "--mode", "jit"], "choose one of eager"),
+        (["predict", "--shape", "12x3072", "--architecture", "mamba"], "choose one of"),
         (["measure", "--shape", TINY, "--cap-seconds", "0"], "at least 1"),
         (["measure", "--shape", TINY, "--quick", "--protocol", "paper-1b-hf-a100"], "not allowed with"),
         (["predict", "--shape", "12x3072", "--gpu", "this"], "morph latency calibrate"),
