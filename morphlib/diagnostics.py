@@ -218,7 +218,8 @@ def _about_rows(law: Law, variables: Values, correlations: Correlations, undeter
 def _variables_of(law: Law, parameter: str) -> set[str]:
     """The variables whose term in the law a parameter belongs to."""
     powers = [power.variable for power in law.base.powers if parameter in (power.coefficient, law.free_name(power.exponent))]
-    return {*_plain(powers), *(law.shape.variables if law.shape and parameter in law.shape.parameters else ())}
+    in_shape = law.shape is not None and parameter in map(law.free_name, law.shape.parameters)
+    return {*_plain(powers), *(law.shape.variables if law.shape and in_shape else ())}
 
 
 # --- Held-out rows

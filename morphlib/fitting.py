@@ -347,13 +347,13 @@ def _best_of_starts(problem: _Problem, starts: Array) -> tuple[Array, Array, Arr
     return searched[picked], linear[picked], sse[picked], converged[picked], share_at_best
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # where numbers run away, a step is rejected
 def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> tuple[Array, Array, Array, np.ndarray]:
     """B searches at once, each from its row of ``start`` for the problem ``which`` names.
 
     Returns where they end, (B, m), the linear parameters there, (B, k), the sums of squares and whether they converged.
     """
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        linear, sse, residual, jacobian = problem.evaluate(start, which)
+    linear, sse, residual, jacobian = problem.evaluate(start, which)
     searched, converged = start.copy(), np.zeros(len(start), dtype=bool)
     floor = 1e-28 * (problem.root_weights**2 @ problem.loss**2)[which]  # below it the residuals are rounding
     best_converged = np.full(len(problem.root_weights), np.inf)
@@ -374,8 +374,7 @@ def _levenberg_marquardt(problem: _Problem, start: Array, which: np.ndarray) -> 
         # the decrease that the linear model promises, -2 g's - s'J'J s
         promised = -np.einsum("bm,bm->b", gradient, step) + damping[active] * np.einsum("bm,bm->b", diagonal, step**2)
         moved = np.clip(searched[active] + np.clip(step, -2.0, 2.0), problem.low, problem.high)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            new_linear, new_sse, new_residual, new_jacobian = problem.evaluate(moved, which[active])
+        new_linear, new_sse, new_residual, new_jacobian = problem.evaluate(moved, which[active])
         before = sse[active]
         better = new_sse < before
         accepted = active[better]

@@ -104,3 +104,8 @@ def test_between_marks_undoes_the_averaging(paper):
     assert between["loss"].to_numpy() == pytest.approx(law.predict(values, runs.variables(between)), rel=1e-12)
     first = ablations.between_marks(paper).set_index(["name", "interval"])["loss"]
     assert first["80M_v1", "20N to 40N"] == pytest.approx(2 * 4.3655 - 4.9619)
+
+
+def test_rows_between_marks_need_no_order(paper):
+    shuffled = paper.sample(frac=1, random_state=0)
+    pd.testing.assert_frame_equal(ablations.between_marks(shuffled), ablations.between_marks(paper))

@@ -112,3 +112,46 @@ def test_the_page_has_every_claim_with_its_verdict_and_escapes_text():
     page = claims.page(claims.judge(pd.DataFrame(rows), numbers))
     assert "a &lt; b" in page and "GPU" in page and ">reproduced<" in page and ">cannot be checked here<" in page
     assert "href='../notebooks/03_x.html#y'" in page
+
+
+def judged(numbers, **row):
+    return claims.judge(pd.DataFrame([BLANK | row]), numbers).iloc[0]
+
+
+def test_a_caveat_without_a_relation_is_named(tmp_path):
+    path = tmp_path / "claims.csv"
+    row = {
+        "number": "03:x",
+        "relation": "equals",
+        "value": "1",
+        "caveat": "but",
+        "caveat_number": "03:y",
+        "caveat_relation": "is",
+    }
+    pd.DataFrame([BLANK | row]).to_csv(path, index=False)
+    with pytest.raises(InputError, match=r"row 2 \(c\): the caveat lacks its words or its relation"):
+        claims.read(path)
+
+
+def test_a_table_without_a_column_is_named(tmp_path):
+    pd.DataFrame([BLANK]).drop(columns="needs").to_csv(tmp_path / "claims.csv", index=False)
+    with pytest.raises(InputError, match="lacks the column 'needs'"):
+        claims.read(tmp_path / "claims.csv")
+
+
+def test_the_ledger_says_what_was_found_and_held_against():
+    numbers = {"030_b": {"x": 9.0}, "03_a": {"x": 1.23456, "y": 2.0}}
+    row = {"number": "03:x", "relation": "less than", "caveat": "but", "caveat_number": "03:y", "caveat_relation": "at least",
+           "caveat_value": "2.1", "tolerance": "0.2"}  # fmt: skip
+    held = judged(numbers, **row, value="03:y")
+    assert (held["ours"], held["against"], held["verdict"], held["caveat"]) == ("1.235", "2.000", "reproduced", "")
+    assert judged(numbers, **row, value="1.5")["against"] == "1.5"
+    page = claims.page(claims.judge(pd.DataFrame([BLANK | row | {"value": "03:y"}]), numbers))
+    assert "<td>1.235</td>" in page and "less than 2.000 ± 0.2" in page and "verdict-0" in page
+    page = claims.page(claims.judge(pd.DataFrame([BLANK | row | {"value": "1", "paper": "<b>"}]), numbers))
+    assert "verdict-2" in page and "&lt;b&gt;" in page
+
+
+def test_numbers_with_exponents_are_read():
+    for text, value in (("1.5e-3 nats", "0.0015"), ("2e+2", "200"), ("-3E", "-3")):
+        assert verdict({"03_a": {"x": text}}, number="03:x", relation="equals", value=value) == "reproduced"

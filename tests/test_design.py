@@ -176,3 +176,60 @@ def test_a_simulation_that_cannot_be_run(paper):
     ):
         with pytest.raises(InputError, match=message):
             design.simulate_design(table, LAW, *arguments, **options)
+
+
+def test_a_gain_counts_the_weights_of_the_rows_and_one_for_the_new(paper):
+    weights = np.random.default_rng(0).uniform(0.1, 10, 76)
+    fit = fitting.fit(paper, LAW, weights=weights)
+    candidates, target = paper.tail(5).assign(tokens=1e11), paper.head(3)
+    old, new, c = (LAW.jacobian(fit.values, runs.variables(table)) for table in (paper, candidates, target))
+    lengths = np.linalg.norm(old, axis=0)
+    old, new, c = old / lengths * np.sqrt(weights)[:, None], new / lengths, c / lengths
+
+    def variance(rows):
+        return np.trace(c @ np.linalg.inv(rows.T @ rows) @ c.T)
+
+    expected = [1 - variance(np.vstack([old, row])) / variance(old) for row in new]
+    found = design.rank_next_runs(paper, fit, candidates, target)["gain"].loc[candidates.index]
+    assert found.to_numpy() == pytest.approx(expected, abs=1e-5)  # the floor, as above
+
+
+def test_what_a_simulation_spends_and_scores(paper):
+    """One row added: what is spent has the start in it, and the error is that of the rows left, by a fit to those trained."""
+    curves = design.simulate_design(paper, LAW, "fit_main", n_added=1, n_random=2)
+    cost = 6 * paper["n_params"] * paper["tokens"]
+    trained = paper["fit_main"] == 1
+    first, cheapest = (curves[(curves["strategy"] == "cheapest") & (curves["n_rows"] == n)].iloc[0] for n in (27, 28))
+    assert first["flops"] == pytest.approx(cost[trained].sum()) and first["rmse"] > 0
+    added = cost[~trained].idxmin()
+    assert cheapest["flops"] == pytest.approx(cost[trained].sum() + cost[added])
+    known = trained.copy()
+    known[added] = True
+    fit = fitting.fit(paper.assign(fit_one=known.astype(int)), LAW, "fit_one")
+    error = (fit.loss_predicted - paper["loss"])[~known]
+    # both searches stop within 1e-13 of the sum of squares
+    assert cheapest["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-5)
+    fit = fitting.fit(paper, LAW, "fit_main")
+    left = paper[~trained]
+    for by in ("gain", "gain_per_flop"):
+        chosen = design.rank_next_runs(paper, fit, left)[by].idxmax()
+        spent = curves[(curves["strategy"] == by) & (curves["n_rows"] == 28)]["flops"].item()
+        assert spent == pytest.approx(cost[trained].sum() + cost[chosen])
+
+
+def test_a_target_is_the_aim_of_the_gain_in_a_simulation(paper):
+    table = paper.assign(aim=(paper["family"] == "126M").astype(int))
+    curves = design.simulate_design(table, LAW, "fit_random_trial1", "aim", n_added=1, n_random=1)
+    fit, left = fitting.fit(table, LAW, "fit_random_trial1"), table[(table["fit_random_trial1"] == 0) & (table["aim"] == 0)]
+    chosen = design.rank_next_runs(table, fit, left, table[table["aim"] == 1])["gain"].idxmax()
+    cost = 6 * paper["n_params"] * paper["tokens"]
+    spent = curves[(curves["strategy"] == "gain") & (curves["n_rows"] == 7)]["flops"].item()
+    assert spent == pytest.approx(cost[paper["fit_random_trial1"] == 1].sum() + cost[chosen])
+
+
+def test_a_term_that_is_held_at_zero_leaves_the_others_to_be_ranked(paper):
+    """Its exponent has a column of zeros."""
+    fit = fitting.fit(paper, laws.get("chinchilla"), "fit_20N_only")
+    held = fitting.Fit(**{**vars(fit), "parameters": fit.parameters | {"A": 0.0, "B": 0.0}})
+    for one in (fit, held):
+        assert np.isfinite(design.rank_next_runs(paper, one, paper[~fit.fitted])["gain"]).all()

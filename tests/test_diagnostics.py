@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import subprocess
 import sys
@@ -427,3 +428,107 @@ def test_outliers_agree_with_statsmodels(paper, weights):
 def test_the_module_does_not_load_what_a_fit_has_no_use_for():
     code = "import sys, morphlib.diagnostics, morphlib.design; print({'scipy.stats', 'statsmodels'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_predictions_are_ranked_as_they_are_printed():
+    """Two predictions alike to four decimals share a rank: ranks 1.5, 1.5, 3 against 1, 2, 3 correlate by the root of 3/4."""
+    table = pd.DataFrame({"loss": [1.0, 2.0, 3.0], "family": "f"})
+    ranks = diagnostics.spearman_by_family(table, np.array([2.00001, 2.00002, 3.0]))
+    assert ranks["f"] == pytest.approx(np.sqrt(0.75), rel=1e-12)
+
+
+def test_copies_make_a_fit_unsure(paper):
+    twice = pd.concat([paper, paper.head(3)], ignore_index=True)
+    verdict = diagnostics.identifiability(twice, fitting.fit(twice, laws.get("inference-aware")))
+    assert not verdict.identified and not verdict.undetermined
+    assert verdict.sentences[-1].startswith("3 of the rows are copies of others")
+
+
+@pytest.mark.parametrize(
+    ("law", "exponents", "fit_on"),
+    [
+        ("chinchilla", "tied", "fit_main"),
+        ("inference-aware", "free", "fit_main"),
+        ("inference-aware", "free", None),
+        ("chinchilla+log-quadratic-drift", "free", None),
+        ("gemstones", "free", None),
+    ],
+)
+def test_confounded_are_estimates_that_correlate_beyond_a_hundredth_of_one(paper, law, exponents, fit_on):
+    fit = fitting.fit(paper, laws.get(law, exponents), fit_on)
+    _, _, jacobian, _ = fitting.linearized(paper, fit)
+    covariance = np.linalg.inv(jacobian.T @ jacobian)
+    errors = np.sqrt(np.diag(covariance))
+    correlation = pd.DataFrame(covariance / np.outer(errors, errors), fit.law.parameters, fit.law.parameters)
+    expected = {(a, b): correlation[a][b] for a, b in combinations(fit.law.parameters, 2) if abs(correlation[a][b]) > 0.99}
+    found = {(a, b): value for a, b, value in diagnostics.identifiability(paper, fit).confounded}
+    # the normal matrix is of a condition number up to 6e4 squared: 1e-16 x 4e9
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_few_starts_at_the_best_optimum_are_told(paper):
+    fit = fitting.fit(paper, laws.get("chinchilla"))
+    for n, told in ((2, True), (3, False)):
+        words = diagnostics.identifiability(paper, dataclasses.replace(fit, share_of_starts_at_best=n / 12)).sentences
+        assert any(f"Only {n} of 12 starts" in sentence for sentence in words) is told
+
+
+def test_a_location_is_undetermined_where_its_error_exceeds_the_range_of_its_variable(paper):
+    """Not where it exceeds its value, which depends on the unit: in the middle of the rows the logarithm is zero."""
+    fit = fitting.fit(paper, laws.get("chinchilla+log-quadratic"))
+    log_ratio = np.log(paper["d_model"] / paper["n_layers"])
+    variables = {"R": np.exp(log_ratio), "N": paper["n_params"].to_numpy(dtype=float)}
+    assert diagnostics._natural_scale(fit.law, "log_R0", 1e-9, variables) == pytest.approx(np.ptp(log_ratio))
+    drift = laws.get("chinchilla+log-quadratic-drift")
+    expected = np.ptp(log_ratio) / np.ptp(np.log(paper["n_params"]))
+    assert diagnostics._natural_scale(drift, "drift", 1e-9, variables) == pytest.approx(expected)
+    for end in fitting.EXPONENT_RANGE:
+        assert diagnostics._natural_scale(drift, "alpha", end, variables) == 0
+
+
+def test_variables_of_tied_exponents_are_those_of_all_their_terms():
+    assert diagnostics._variables_of(laws.get("chinchilla"), "alpha") == {"N", "D"}
+    assert diagnostics._variables_of(laws.get("chinchilla", "free"), "alpha") == {"N"}
+    assert diagnostics._variables_of(laws.get("inference-aware"), "alpha") == {"N", "D", "R"}
+    assert diagnostics._variables_of(laws.get("inference-aware", "gamma"), "alpha") == {"N", "D"}
+
+
+def test_implausible_losses_and_wrong_labels_start_where_they_say(paper):
+    table = paper.assign(loss=paper["loss"].where(paper.index != 3, 0.29)).drop(index=[66, 67])
+    assert any(sentence.startswith("1 losses are below 0.3 nats") for sentence in diagnostics.audit(table))
+    table["loss"] = table["loss"].where(table.index != 3, 0.31)
+    assert not any("nats per token" in sentence for sentence in diagnostics.audit(table))
+    for ratio, told in ((0.895, True), (0.905, False), (1.095, False), (1.105, True)):
+        one = paper.head(1).assign(budget="20N", tokens=20 * ratio * paper["n_params"].iloc[0])
+        assert any("is labelled 20N" in sentence for sentence in diagnostics.audit(one)) is told
+
+
+def test_losses_alike_are_those_within_half_a_thousandth():
+    rows = {"name": list("abab"), "n_params": 1e6, "d_model": [1, 2, 1, 2], "n_layers": 1, "tokens": [1, 1, 2, 2]}
+    for gap, elsewhere, told in ((4.9e-4, 0.0051, True), (5.1e-4, 0.0051, False), (4.9e-4, 0.0049, False)):
+        table = pd.DataFrame(rows | {"loss": [3.0, 3.0 + gap, 2.0, 2.0 + elsewhere]})
+        assert any("at every other budget" in sentence for sentence in diagnostics.audit(table)) is told
+
+
+def test_what_moves_together_is_told_beyond_95_per_cent(paper):
+    """Of d and L in one law; the cure names the second."""
+    law = laws.get("width-depth")
+    rng = np.random.default_rng(0)
+    for spread, told in ((0.2, True), (0.6, False)):
+        log_width = rng.normal(7, 1, 76)
+        depth = np.exp(log_width - 4 + spread * rng.normal(size=76)) + 0.5
+        table = paper.assign(d_model=np.exp(log_width), n_layers=depth)
+        correlation = np.corrcoef(log_width, np.log(depth))[0, 1]
+        assert bool(correlation > 0.95) is told
+        table["loss"] = 2 + 100 / table["d_model"] + 1 / depth + 800 * table["tokens"] ** -0.33 + 0.01 * rng.normal(size=76)
+        words = " ".join(diagnostics.identifiability(table, fitting.fit(table, law)).sentences)
+        assert (f"d and L move together (correlation {correlation:.3f}): add runs that vary L at fixed d" in words) is told
+
+
+def test_variables_that_the_law_does_not_read_may_move_together(paper):
+    """R rises with N; a law of N and D has nothing to tell apart there, one that reads R has."""
+    rows = paper[paper["budget"] != "20N"]
+    table = rows.assign(d_model=rows["n_params"] / 1e6, n_layers=1.0)
+    for name, told in (("chinchilla", False), ("inference-aware", True)):
+        words = diagnostics.identifiability(table, fitting.fit(table, laws.get(name))).sentences
+        assert any("N and R move together (correlation 1.000)" in sentence for sentence in words) is told

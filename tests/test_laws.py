@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from morphlib import laws
+from morphlib.errors import InputError
 
 PAPER = [laws.get(name, exponents) for name in ("chinchilla", "inference-aware") for exponents in laws.EXPONENTS]
 LAWS = PAPER + [
@@ -126,3 +127,33 @@ def test_shape_terms_are_one_at_their_best_and_never_below():
 def test_an_unknown_law_says_what_there_is(call):
     with pytest.raises(ValueError, match="choose one of"):
         laws.get(*call)
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "free"),
+    [
+        ("over-training", "a b E eta", "a b E eta"),
+        ("width-depth", "A C B E a beta", "A C B E a c beta"),
+        ("width-depth-fixed", "A C B E", "A C B E"),
+        ("gemstones", "A B F C E alpha a", "A B F C E alpha beta a c"),
+        ("gemstones+power", "A B F C E alpha a epsilon", "A B F C E alpha beta a c epsilon gamma"),
+        ("width-depth+power", "A C B E a beta epsilon gamma", "A C B E a c beta epsilon gamma"),
+        ("chinchilla+conditional-ratio", "A B E alpha epsilon log_W0 epsilon_M log_M0",
+         "A B E alpha beta epsilon log_W0 epsilon_M log_M0"),
+    ],
+)  # fmt: skip
+def test_free_parameters_of_each_base(name, tied, free):
+    assert (laws.get(name).parameters, laws.get(name, "free").parameters) == (tuple(tied.split()), tuple(free.split()))
+
+
+def test_names_of_laws():
+    assert laws.get("chinchilla+power").name == "inference-aware" == laws.get("inference-aware").name
+    with pytest.raises(InputError, match="'chinchilla\\+' is not a law"):
+        laws.get("chinchilla+")
+
+
+def test_variables_that_a_held_parameter_reads_keep_their_units():
+    law = laws.get("chinchilla+log-quadratic-drift", "free")
+    assert law.unscaled == set() and law.holding({"alpha": 0.3, "E": 1.0}).unscaled == set()
+    assert law.holding({"B": 1.0}).unscaled == {"D"}
+    assert law.holding({"log_R0": 1.0}).unscaled == {"R", "N"}

@@ -316,3 +316,12 @@ def test_any_start_gives_a_minimum_or_says_that_it_is_none(start, power, huber_s
             size, lengths = np.linalg.norm(left), np.linalg.norm(slopes, axis=0)
             error = EPSILON * (np.linalg.norm(np.abs(slopes) @ np.abs(found.values)) + size)
             assert (np.abs(slopes.T @ left) <= lengths * (TOLERANCE * size + 2 * np.sqrt(error * (size + error)))).all()
+
+
+@pytest.mark.parametrize("start", ["start_1", "start_2"])
+@pytest.mark.parametrize("name", ["MGH09", "MGH10", "BoxBOD", "Eckerle4", "Rat43", "Bennett5", "Thurber"])
+def test_a_step_that_raises_the_cost_is_not_taken(name, start):
+    """Broken off after ever more steps, the search has an ever lower cost; the last steps are of the size of its rounding."""
+    _, residuals, jacobian = problem_of(NIST[name])
+    costs = [minimize(residuals, jacobian, NIST[name][start], max_iterations=n).cost for n in range(1, 40)]
+    assert (np.diff(costs) <= 1e-9 * np.array(costs[1:])).all()

@@ -1,3 +1,5 @@
+import random
+import re
 from collections import Counter
 
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 
 from morphlib import minimal_pairs
 from morphlib.errors import InputError
-from morphlib.minimal_pairs import LEVELS, make, unseen
+from morphlib.minimal_pairs import LEVELS, make, misspelled, unseen
 
 ITEMS = make(2000)
 NUMBER = {form: number for noun in minimal_pairs._words()["noun"] for number, form in enumerate(noun[:2])}
@@ -65,3 +67,43 @@ def test_words_that_the_text_does_not_have_are_named():
     kept, strange = unseen(ITEMS[:10], ["The kings, the king; is are."])
     assert len(kept) == 10 and "king" not in strange and "that" in strange
     assert unseen(ITEMS[:10], [])[0] == ITEMS[:10]
+
+
+SPELT = ["bander", "binder", "bonder", "castle", "garden", "orange", "winter"]
+
+
+def made_up_texts():
+    """Ten texts of twenty sentences; three of the words differ in one vowel."""
+    rng = random.Random(0)
+    sentence = lambda: " ".join(rng.choice([*SPELT, "to", "of", "it"]) for _ in range(10)) + "."  # noqa: E731
+    return [" ".join(sentence() for _ in range(20)) for _ in range(10)]
+
+
+def test_a_misspelled_word_is_unknown_and_differs_in_one_vowel_but_the_first_letter():
+    texts = made_up_texts()
+    sentences = [sentence for text in texts for sentence in re.split(r"(?<=\.) ", text)]
+    with_long = [*texts, *["of it to it " + 40 * "garden " + "end."] * 100]
+    items = misspelled(with_long, 100)
+    assert len(items) == 100 and items == misspelled(with_long, 100)
+    taken = set()
+    for item in items:
+        right, wrong = item["choices"][item["gold"]].split(), item["choices"][1 - item["gold"]].split()
+        assert right[1:] == wrong[1:] and len(right) == 2 and right[0] in SPELT and wrong[0] not in SPELT
+        (place,) = [i for i, (a, b) in enumerate(zip(right[0], wrong[0], strict=True)) if a != b]
+        assert place > 0 and {right[0][place], wrong[0][place]} <= set(minimal_pairs.VOWELS)
+        assert len(item["context"].split()) >= 4
+        begun = [i for i, sentence in enumerate(sentences) if sentence.startswith(f"{item['context']} {' '.join(right)}")]
+        assert begun  # the long sentences are none of them
+        taken.add(begun[0])
+    # each sentence once, of all texts, and either answer as often: four standard deviations of a hundred throws
+    assert len(taken) > 95 and max(taken) > 150 and abs(sum(item["gold"] for item in items) - 50) <= 20
+    assert len(misspelled(texts, 10_000)) <= len(sentences)
+
+
+def test_words_at_the_edge_of_what_a_text_has_are_found():
+    items = minimal_pairs.make(10)
+    words = [minimal_pairs._spelled(item) for item in items]
+    for planted in words:  # nothing but the sentence, as far as the verb
+        kept, strange = minimal_pairs.unseen(items, [" ".join(planted)])
+        assert kept == [item for item, spelled in zip(items, words, strict=True) if spelled != planted]
+        assert not set(strange) & set(planted)

@@ -219,3 +219,26 @@ def test_a_page_with_other_numbers_says_how_far_they_are_from_the_published(monk
     assert "1 of the 1 numbers" in page and "by up to 50 %" in page and "of_this_test" in page
     monkeypatch.setattr(report, "_NUMBERS", {"of_this_test": 2.0 + 1e-7})
     assert "are the published ones" in report.provenance("03_none", {}).data
+
+
+def test_differences_by_hand():
+    before = {"a": -2.0, "b": 1.0, "gone": 1, "zero": 0.0, "text": "x", "same": 1.0, "small": 1.0}
+    after = {"a": -1.0, "b": 1.0 + 2e-6, "new": 1, "zero": 1.0, "text": "y", "same": 1.0 + 5e-7, "small": 1.0 - 2e-6}
+    found = results.differences(before, after).set_index("number")
+    assert list(found.index) == ["a", "b", "gone", "new", "small", "text", "zero"]
+    assert found.loc["a", "relative"] == 0.5 and found.loc["small", "relative"] == pytest.approx(-2e-6)
+    assert found.loc[["gone", "new", "text", "zero"], "relative"].isna().all()
+    assert (found.loc["gone", "after"], found.loc["new", "before"]) == ("–", "–")
+    assert found.loc["b", "after"] == "1" and results.differences({"c": 1.0}, {"c": 1.23456789})["after"].item() == "1.23457"
+
+
+def test_partial_notebooks_are_left_out_and_two_results_refused(tmp_path):
+    executed(tmp_path / "03_law.ipynb", {"x": 1.0})
+    executed(tmp_path / "04_law.partial.ipynb", {"x": 1.0})
+    assert set(results.read(tmp_path)) == {"03_law"}
+    notebook = nbformat.read(tmp_path / "03_law.ipynb", as_version=4)
+    notebook.cells.append(notebook.cells[0])
+    notebook.cells[1] = nbformat.from_dict(dict(notebook.cells[0]) | {"id": "another"})
+    nbformat.write(notebook, tmp_path / "03_law.ipynb")
+    with pytest.raises(InputError, match="holds 2 results"):
+        results.read(tmp_path)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from morphlib import runs
 from morphlib.errors import InputError
-from morphlib.shapes import CONVENTIONS
+from morphlib.shapes import CONVENTIONS, Shape
 
 
 def test_the_papers_table(paper):
@@ -208,3 +208,65 @@ def test_any_cell_may_be_anything(paper, tmp_path, data):
     else:
         assert np.isfinite(loaded["loss"]).all() and (loaded["loss"] > 0).all()
         assert (loaded["n_layers"] >= 1).all()
+
+
+def test_the_variables_are_what_the_laws_say():
+    table = {"n_params": [1e8], "tokens": [2e9], "d_model": [512], "n_layers": [8]}
+    compute, ratio = 6 * 1e8 * 2e9, 2e9 / 1e8
+    expected = {"N": 1e8, "D": 2e9, "R": 64, "d": 512, "L": 8, "W": 512 / 1e4, "C/M": compute / ratio, "CM": compute * ratio}
+    # a few roundings each
+    assert {name: value.item() for name, value in runs.variables(table).items()} == pytest.approx(expected, rel=1e-14)
+    for heads, kv_heads in ((8, 8), (8, 2)):
+        groups = Shape.of(512, 8, n_heads=heads, n_kv_heads=kv_heads, d_ff=1408).parameters_by_group()
+        found = runs.variables(table | {"d_ff": [1408], "n_heads": [heads], "n_kv_heads": [kv_heads]})
+        assert found["M"].item() == pytest.approx(groups["feed_forward"] / groups["attention"], rel=1e-14)
+    assert runs.variables(table | {"d_ff": [1408]})["M"].item() == pytest.approx(3 * 1408 / (4 * 512), rel=1e-14)
+
+
+@pytest.mark.parametrize(("factor", "agrees"), [(1.0095, True), (0.9905, True), (1.0105, False), (0.9895, False)])
+def test_a_count_may_be_off_by_one_per_cent(paper, tmp_path, factor, agrees):
+    path = written(paper.assign(n_params=factor * paper["n_params"]), tmp_path / "runs.csv")
+    if agrees:
+        assert len(runs.load(path)) == 76
+    else:
+        with pytest.raises(InputError, match="does not agree with the shape"):
+            runs.load(path)
+
+
+def test_families_are_chains_of_sizes_within_a_tenth():
+    """Each within a tenth of the next smaller, so the first and the last of a family may be further apart."""
+    sizes = pd.Series([2.5e8, 1e8, 1.09e8, 1.18e8, 1.4e8], index=[7, 3, 5, 2, 9])
+    families = runs.size_families(sizes)
+    assert families.to_dict() == {7: "2.5e+08", 3: "1e+08", 5: "1e+08", 2: "1e+08", 9: "1.4e+08"}
+    assert list(families.index) == list(sizes.index)
+
+
+def test_a_log_with_a_gap_is_refused_by_its_row(paper, tmp_path):
+    (tmp_path / "one.csv").write_text("tokens,loss\n1e6,3.0\n2e6,\n3e6,2.0\n")
+    table = paper[REQUIRED].head(1).assign(tokens=3e6, log="one.csv", n_count="total").drop(columns="loss")
+    with pytest.raises(InputError, match=r"one\.csv: row 3 is not two numbers"):
+        runs.load(written(table, tmp_path / "runs.csv"), average_logs=True)
+
+
+def test_a_rounded_count_keeps_its_rounding_and_tied_tables_are_counted_once(paper, tmp_path):
+    rounded = paper.assign(n_params=[float(f"{n:.3g}") for n in paper["n_params"]])
+    path = written(rounded, tmp_path / "runs.csv")
+    assert np.array_equal(runs.load(path)["n_params"], rounded["n_params"])
+    without = runs.load(path, "non_embedding")["n_params"]
+    assert np.array_equal(without, rounded["n_params"] - 2 * 50432 * paper["d_model"])
+    shape = Shape.of(512, 8, vocab=1000, tied=True)
+    row = {"name": "a", "n_params": shape.n_params("total"), "d_model": 512, "n_layers": 8, "tokens": 1e9, "loss": 3.0}
+    row |= {"n_count": "total", "d_ff": shape.d_ff, "vocab": 1000, "n_heads": shape.n_heads, "tied": 1}
+    table = runs.load(written(pd.DataFrame([row]), tmp_path / "tied.csv"), "non_embedding")
+    assert table["n_params"].item() == shape.n_params("non_embedding") and table["tied"].item() == 1
+
+
+def test_of_two_faults_the_upper_row_is_named_and_planned_losses_are_checked(paper, tmp_path):
+    last, first = len(paper) - 1, 0
+    table = paper.astype({"d_model": float, "tokens": float})
+    table.loc[last, "d_model"], table.loc[first, "tokens"] = 2.5, -1.0
+    with pytest.raises(InputError, match=r"row 2, column tokens: -1\.0"):
+        runs.load(written(table, tmp_path / "runs.csv"))
+    planned = written(paper.assign(loss=[*paper["loss"][:-1], -1.0]), tmp_path / "planned.csv")
+    with pytest.raises(InputError, match=r"row 77, column loss: -1\.0"):
+        runs.load(planned, measured=False)

@@ -200,3 +200,60 @@ def test_the_book_says_what_the_tables_say():
     for row in scores.baselines():
         mean = scores.average({name: float(row[name]) for name in scores.paper_tasks()})
         assert f"| {row['model']} | {mean:.4f} | {row['average']} |" in page
+
+
+def test_the_error_of_bits_per_byte_is_that_of_a_ratio_estimator():
+    """Bits 1 and 3 of a byte each: 2 a byte, and the root of (1 + 1) n / (n - 1) = 4 over two bytes."""
+    row = scores.summary(record([1, 0], nats=[math.log(2), 3 * math.log(2)], bytes=[1, 1]))
+    assert (row["bits_per_byte"], row["bits_per_byte_error"]) == pytest.approx((2.0, 1.0), rel=1e-14)
+
+
+def test_intervals_are_wilsons_of_one_category_and_normal_of_several():
+    from statsmodels.stats.proportion import proportion_confint
+
+    row = scores.summary(record([1] * 60 + [0] * 40))
+    assert (row["low"], row["high"]) == pytest.approx(proportion_confint(60, 100, method="wilson"), rel=1e-9)
+    row = scores.summary(record([1, 1, 1, 1, 0, 1], ["a"] * 4 + ["b"] * 2))
+    half = 1.959963984540054 * math.sqrt(0.5 / 2) / 2
+    assert (row["low"], row["high"]) == pytest.approx((0.75 - half, 0.75 + half), rel=1e-12)
+
+
+def test_chance_is_that_of_categories_and_only_of_right_or_wrong():
+    row = scores.summary(record([1, 1, 1, 1, 0, 1], ["a"] * 4 + ["b"] * 2, chance=[0.5] * 4 + [0.25] * 2))
+    assert row["chance"] == 0.375
+    graded = scores.summary(record([0.5, 1, 0]))
+    assert graded["value"] == 0.5 and not {"chance", "verdict"} & set(graded)
+
+
+def test_llm_foundrys_value_is_that_of_its_own_metric():
+    row = scores.summary(record([1, 1], scores={"acc": [1.0, 1.0], scores.TOKEN_METRIC: [1.0, 0.0]}))
+    assert row["value"] == 1.0 and row["as_llm_foundry"] == 0.5
+
+
+def test_a_mean_of_ten_is_of_ten_in_all_it_says():
+    rows = [{"paper": name, "value": i / 10, "standard_error": 0.01, "chance": 0.2} for i, name in enumerate(NAMES)]
+    rows[0]["as_llm_foundry"] = 1.0
+    ten = scores.of_the_eleven(rows[:-1])
+    assert ten["chance"] == pytest.approx(0.2) and ten["as_llm_foundry"] == pytest.approx(0.45 + 1 / 10)
+
+
+def test_a_comparison_counts_categories_alike_and_resamples_within_them():
+    """Nothing changes in a and everything in b, whatever is drawn: the difference is one half, without spread."""
+    category = ["a"] * 4 + ["b"] * 2
+    (row,) = scores.compare([record([1, 1, 1, 1, 0, 0], category)], [record([1] * 6, category)])
+    assert (row["first"], row["second"]) == (0.5, 1.0)
+    assert (row["difference"], row["low"], row["high"]) == (0.5, 0.5, 0.5)
+
+
+def test_bytes_are_compared_of_common_items():
+    first = record([1, 1, 1], nats=[1.0, 2.0, 4.0], bytes=[2, 3, 4])
+    second = record([1, 1, 1], ids=["2", "9", "1"], nats=[5.0, 100.0, 2.5], bytes=[4, 9, 3])
+    (row,) = scores.compare([first], [second])
+    assert row["bits_per_byte_difference"] == pytest.approx((0.5 + 1.0) / (3 + 4) / math.log(2), rel=1e-14)
+    without = {name: value for name, value in second.items() if name != "nats"}
+    assert "bits_per_byte_difference" not in scores.compare([first], [without])[0]
+
+
+def test_truncated_items_of_all_subjects_are_counted():
+    parts = [record([1], task=f"mmlu_{i}", task_hash=str(i), right=[0], truncated=2) for i in range(57)]
+    assert scores.merge(parts)[0]["truncated"] == 2 * 57

@@ -486,3 +486,97 @@ def test_the_page_shows_what_the_command_prints(capsys):
     printed = out.splitlines()
     for line in shown.splitlines():
         assert line.split()[:9] in [other.split()[:9] for other in printed], line
+
+
+def test_draws_of_a_table_have_its_intervals_and_are_independent():
+    table, n = three_of_the_paper(0.7, 1.5), 40_000
+    drawn = table.drawn(np.ones(3, dtype=bool), n, np.random.default_rng(0))
+    for share, end in ((0.025, "latency_low_s"), (0.5, "latency_s"), (0.975, "latency_high_s")):
+        below = (drawn <= table.rows[end].to_numpy()).mean(axis=0)
+        assert np.abs(below - share).max() <= 4 * math.sqrt(share * (1 - share) / n)  # standard deviations of a share
+    assert np.abs(np.corrcoef(np.log(drawn.T))[np.triu_indices(3, k=1)]).max() < 4 / math.sqrt(n)
+
+
+def test_measured_rows_of_32_bits_are_of_a_workload_of_32_bits():
+    from morphlib.latency import timing
+
+    rows = timing.load("cpu").query("engine == 'hf-eager' and dtype == 'bf16' and batch == 1 and out_tokens == 64")
+    read = Tabled.of(rows.drop_duplicates("shape").assign(dtype="fp32"))
+    assert read.work.weight_bits == 32
+
+
+def test_shapes_are_counted_as_in_the_fit_and_their_bytes_follow_the_workload():
+    fit = fitting.fit(runs.load("paper", "non_embedding"), laws.get("inference-aware"))
+    shapes, work = Shapes.of([Shape.parse("12x3072/16h/4kv")]), Workload(batch=2, in_tokens=100, out_tokens=50, weight_bits=8)
+    numbers = selection.without_latency(fit, shapes, 29e9, work)
+    assert numbers["n_params"] == shapes[0].n_params("non_embedding")
+    assert numbers["weight_bytes"] == shapes[0].n_params("total")  # a byte each
+    assert numbers["kv_bytes"] == 2 * 150 * 2 * 12 * 4 * 192 * 2  # keys and values, 12 layers, 4 heads of 192, 2 bytes
+
+
+def test_a_cap_on_the_weights_binds(paper, fit):
+    on_a100 = Predicted(candidates(1.7e9), Machine.of("A100-40GB"))
+    found = select(paper, fit, on_a100, Caps(**BUDGET, latency_s=100.0, weight_bytes=2e9))
+    assert "weight_bytes" in found.binding_caps and found.shadow_prices["nats_per_weight_byte"] > 0
+    assert found.candidates["weight_bytes"].max() <= 2e9
+    assert found.optimum.n_params <= 1e9 * (1 + 1e-6)
+
+
+def test_the_ranges_are_those_of_the_fitted_rows(paper):
+    part = fitting.fit(paper, laws.get("inference-aware"), "fit_main")
+    rows = paper[part.fitted]
+    ratio = rows["d_model"] / rows["n_layers"]
+    assert selection.fitted_ranges(paper, part) == {
+        "N": (rows["n_params"].min(), rows["n_params"].max()), "D": (rows["tokens"].min(), rows["tokens"].max()),
+        "R": (ratio.min(), ratio.max()),
+    }  # fmt: skip
+
+
+def test_the_deviation_of_a_run_is_that_of_weighted_least_squares(paper):
+    weights = np.random.default_rng(0).uniform(0.1, 10, 76)
+    fit = fitting.fit(paper, laws.get("inference-aware"), weights=weights)
+    squares = weights * (paper["loss"] - fit.loss_predicted) ** 2
+    assert selection._run_deviation(paper, fit) == pytest.approx(math.sqrt(squares.sum() / (76 - 5)), rel=1e-12)
+
+
+def odds(loss, latency_s, within, cap_s=2.0):
+    """What draws of given losses, (k, n), within the cap or not, (k, n), say of shapes with these latencies."""
+
+    class Law:
+        def predict(self, chunk, variables):
+            return chunk
+
+    class Fit:
+        law = Law()
+
+    numbers = {name: np.ones(len(latency_s)) for name in ("n_params", "tokens", "d_model", "n_layers")}
+    listed = pd.DataFrame(numbers | {"latency_s": latency_s})
+    drawn = lambda n, rng: np.where(within, 1.0, 3.0)  # noqa: E731
+    return selection._odds(listed, Fit(), drawn, cap_s, np.array(loss), 0, 0.0, 0)
+
+
+def test_what_draws_say_by_hand():
+    """Four draws of two candidates and one shape whose latency is put above the cap."""
+    loss = [[3.0, 3.1, 2.9], [3.2, 3.1, 3.3], [3.0, 3.3, 2.5], [3.0, 3.1, 2.0]]
+    within = np.array([[1, 1, 1], [1, 1, 1], [0, 1, 0], [0, 0, 1]], dtype=bool)
+    columns, said = odds(loss, [1.0, 1.5, 2.5], within)
+    assert columns["probability_best"].tolist() == [0.25, 0.5, 0.0]
+    assert columns["probability_within"].tolist() == [0.5, 0.75, 0.75]
+    # the first is within and misses the best by 0 and 0.1; the second by 0.1, 0 and 0; the third by -0.1 and 0.2
+    assert columns["expected_regret"] == pytest.approx([0.1 / 2, 0.1 / 3, 0.1 / 2], rel=1e-9)
+    assert columns["probability_not_worse"].tolist() == [1.0, 0.25, 0.75]
+    assert said == {"probability_beyond": 0.5, "probability_none": 0.25}
+
+
+def test_a_fit_by_which_tokens_harm_cannot_choose(paper, fit):
+    harmful = fitting.Fit(**{**vars(fit), "parameters": fit.parameters | {"B": -1e5}})
+    with pytest.raises(InputError, match="more tokens raise the loss"):
+        select(paper, harmful, three_of_the_paper(), Caps(**BUDGET, latency_s=5.0))
+
+
+def test_the_continuous_shape_keeps_its_part_of_the_heads_and_the_width(paper, fit):
+    like, latencies = Shape.parse("12x3072/16h/4kv/8192ff"), Predicted(Shapes.of([]), Machine.of("A100-40GB"))
+    found = optimum(fit, like, latencies, Caps(params=1.6e9, tokens=29e9, latency_s=5.0), selection.fitted_ranges(paper, fit))
+    d, layers = found.d_model, found.n_layers
+    counted = 2 * 50432 * d + layers * (2 * d**2 + 2 * d**2 / 4 + 3 * d**2 * 8192 / 3072 + 2 * d) + d
+    assert found.n_params == pytest.approx(counted, rel=1e-12)

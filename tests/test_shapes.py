@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
+from morphlib.errors import InputError
 from morphlib.shapes import (
     BITS,
     CONVENTIONS,
@@ -251,3 +252,58 @@ def test_constraints_that_leave_no_candidate(budget, rules, message):
 def test_shapes_of_different_norms_are_not_mixed():
     with pytest.raises(ValueError, match="different norms"):
         Shapes.of([Shape.of(128, 2), Shape.of(128, 2, norm="rms_norm")])
+
+
+def test_candidates_are_all_the_shapes_there_are():
+    rules = {
+        "depths": range(1, 4),
+        "width_multiple": 64,
+        "queries_per_kv_head": (1, 4, 8),
+        "d_ff_ratios": (0.05, None),
+        "vocab": 100,
+    }
+    found = candidates(2.6e6, count="non_embedding", tolerance=0.75, **rules)
+    expected = set()
+    for width in range(64, 2049, 64):
+        heads = width // (128 if width % 128 == 0 else 64)
+        for queries in (q for q in (1, 4, 8) if heads % q == 0):
+            for d_ff in (64 * max(1, round(0.05 * width / 64)), swiglu_width(width)):
+                sizes = {"d_model": width, "n_heads": heads, "n_kv_heads": heads // queries, "d_ff": d_ff, "vocab": 100}
+                expected |= {Shape(n_layers=depth, **sizes) for depth in (1, 2, 3)}
+    expected = {shape for shape in expected if 6.5e5 <= shape.n_params("non_embedding") <= 2.6e6}
+    built = [found[i] for i in range(len(found))]
+    assert set(built) == expected and len(built) == len(expected)
+    assert [(s.n_layers, s.d_model) for s in built] == sorted((s.n_layers, s.d_model) for s in built)
+
+
+def test_a_budget_holds_both_its_ends_and_heads_of_an_even_size():
+    shape = Shape.of(256, 4, n_heads=2)
+    for tolerance, budget in ((0.0, shape.n_params("total")), (0.5, 2 * shape.n_params("total"))):
+        found = candidates(budget, tolerance=tolerance, depths=[4])
+        assert shape in {found[i] for i in range(len(found))}
+    found = candidates(1e8, depths=[4], n_heads=16, width_multiple=16)
+    assert set((found.d_model / 16) % 2) == {0.0} and found.n_heads.min() == found.n_heads.max() == 16
+
+
+def test_the_narrowest_plain_width_and_a_norm_that_is_none():
+    assert plain_swiglu_width(1) == 8
+    with pytest.raises(InputError, match="norm is 'none'; choose one of gain_only_layer_norm"):
+        Shape.of(128, 2, norm="none")
+
+
+def test_norms_of_one_vector():
+    gain, rms, bias = (Shape.of(128, 2, norm=norm) for norm in ("gain_only_layer_norm", "rms_norm", "layer_norm"))
+    assert rms.n_params("total") == gain.n_params("total") == bias.n_params("total") - (2 * 2 + 1) * 128
+
+
+def test_many_shapes_have_fractions_of_bytes():
+    """Not rounded, for optimizers take their slopes."""
+    half = Shapes(**{name: np.array([number]) for name, number in
+                     {"d_model": 1.0, "n_layers": 1.0, "n_heads": 1.0, "n_kv_heads": 0.5, "d_ff": 1.0, "vocab": 1.0}.items()},
+                  tied=np.array([True]))  # fmt: skip
+    assert half.kv_bytes_per_token(4) == 0.5
+
+
+def test_candidates_of_tied_tables_are_tied_and_d_ff_is_rounded_to_the_nearest():
+    found = candidates(1e8, depths=[4], tied=True, d_ff_ratios=(2.7,))
+    assert found.tied.all() and set(found.d_ff) == {64 * round(2.7 * width / 64) for width in found.d_model}

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT
-from morphlib import cli, laws, runs, study
+from morphlib import cli, diagnostics, fitting, laws, runs, study, uncertainty
 from morphlib.errors import InputError
 from morphlib.latency import models
 from morphlib.shapes import Shape
@@ -289,3 +289,51 @@ def test_the_kept_models_are_those_of_the_table():
         weights = transformers.AutoModelForCausalLM.from_pretrained(folder).num_parameters()
         row = table.loc[kept.run_id]
         assert row["part"] == "largest" and weights == row["n_params"] + 2 * row["vocab"] * row["d_model"]
+
+
+def test_the_ranking_is_what_fits_to_all_rows_foretell():
+    law = laws.get("chinchilla+log-quadratic")
+    fitted, _ = made(law, 1e-3, A=60.0, B=90.0, E=0.5, alpha=0.35, epsilon=0.01, log_R0=1.5)
+    largest = [run for run in PLAN if run.part == "largest"]
+    unused = fitted.head(9).assign(loss=9.0, fit_study=0)
+    found = study.ranked(pd.concat([fitted, unused], ignore_index=True), largest)
+    assert (found["rows"] == len(fitted)).all()
+    groups = list(found.groupby(["law", "exponents"], sort=False))
+    assert len(groups) == len(study.forms()) and (groups[0][1]["chosen"] == 1).all()
+    sound = [rows for _, rows in groups if rows["weak_folds"].iloc[0] == 0]
+    assert [rows["weak_folds"].iloc[0] == 0 for _, rows in groups] == [True] * len(sound) + [False] * (len(groups) - len(sound))
+    errors = [rows["error_by_size"].iloc[0] for rows in sound]
+    assert errors == sorted(errors)
+    for _, rows in groups:
+        assert list(rows["rank"]) == list(range(1, len(largest) + 1)) and list(rows["loss"]) == sorted(rows["loss"])
+    (name, exponents), best = groups[0]
+    alone = diagnostics.held_out_losses(fitted, laws.get(name, exponents), "size")
+    assert best["error_by_size"].iloc[0] == pytest.approx(alone.metrics.rmse, rel=1e-9)
+    fit = fitting.fit(fitted, laws.get(name, exponents))
+    sizes = [(str(run.shape), run.shape.n_params("non_embedding"), run.marks[0], run.shape.d_model, run.shape.n_layers)
+             for run in largest]  # fmt: skip
+    new = pd.DataFrame(sizes, columns=["shape", "n_params", "tokens", "d_model", "n_layers"]).set_index("shape")
+    covariance = uncertainty.cluster_covariance(fitted, fit, "shape")
+    expected = uncertainty.prediction_interval(new, fit, fitted, covariance=covariance).loc[best["shape"]]
+    # the same search
+    assert best[["loss", "low", "high"]].to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-9)
+
+
+def test_nothing_to_rank_is_refused():
+    fitted, _ = made(laws.get("chinchilla"), A=60.0, B=90.0, E=0.5, alpha=0.35)
+    for table, wanted in ((fitted.assign(fit_study=0), PLAN[-1:]), (fitted, [])):
+        with pytest.raises(InputError, match="both are needed"):
+            study.ranked(table, wanted)
+
+
+def test_the_rows_to_fit_are_those_at_the_recipes_rate_once_for_each_seed():
+    table = study.load()
+    assert (table["R"] == table["d_model"] / table["n_layers"]).all()
+    ours = table[(table["learning_rate"] == 0.012) & (table["base_width"] == 64) & (table["part"] != "largest")]
+    keys = ["shape", "tokens", "seed"]
+    fitted = table[table["fit_study"] == 1]
+    assert set(map(tuple, fitted[keys].to_numpy())) == set(map(tuple, ours[keys].to_numpy()))
+    assert len(fitted) == len(ours[keys].drop_duplicates())
+    assert fitted["seed"].nunique() > 1
+    both = ours[ours.duplicated(keys, keep=False)]
+    assert (both.loc[both["fit_study"] == 1, "part"] == "fit").all()

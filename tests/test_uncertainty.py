@@ -375,3 +375,62 @@ def test_wrong_input_is_refused_in_one_line(paper, curved):
         assert "\n" not in str(caught.value)
     # at a bound the bootstrap still says something
     assert (u.bootstrap(paper, held, 20).values[:, 0] == 0).any()
+
+
+def test_a_bootstrap_draws_rows_with_their_weights(paper):
+    """Each refit by statsmodels, with the weights of the rows times how often their cluster was drawn."""
+    fit, _, lengths = weighted(paper)
+    found = u.bootstrap(paper, fit, 3, cluster="name", seed=5)
+    codes, labels = pd.factorize(paper["name"])
+    drawn = np.random.default_rng(5).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), 3)
+    for counts, values in zip(drawn[:, codes], found.values, strict=True):
+        again = sm.WLS(paper["loss"].to_numpy(), design(paper) / lengths, counts * fit.weights).fit()
+        # the columns' condition number is about 20: 1e-16 * 20^2, and raw columns lose more
+        assert values == pytest.approx(again.params / lengths, rel=1e-9)
+
+
+def test_intervals_of_a_fit_with_a_negative_coefficient_are_not_cut_at_zero(paper):
+    """A loss that rises with 1 / L less than zero: profiles are still Wald intervals, and refits still go below zero."""
+    noise = 0.02 * np.random.default_rng(0).standard_normal(76)
+    table = paper.assign(loss=design(paper) @ [100.0, -0.5, 800.0, 2.0] + noise)
+    fit = fitting.fit(table, LINEAR, positive=False)
+    assert fit.status is Status.NEGATIVE and fit.parameters["C"] < 0
+    for name, (low, high) in wald(fit).items():
+        assert u.profile_interval(table, fit, name) == pytest.approx((low, high), abs=2e-8 * (high - low), rel=0), name
+    assert (u.bootstrap(table, fit, 20).values[:, 1] < 0).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_coefficient_held_above_zero_has_no_interval_below(paper):
+    six = six_rows(paper)
+    fit = fitting.fit(six, CURVED)
+    for name in ("A", "B", "E"):
+        assert u.profile_interval(six, fit, name, 0.999)[0] == 0, name
+
+
+def test_errors_that_are_not_known_are_refused(paper, curved):
+    unknown = dataclasses.replace(curved, covariance=np.full((5, 5), np.nan))
+    with pytest.raises(InputError, match="not finite"):
+        u.parameter_interval(unknown)
+    with pytest.raises(InputError, match="the table it was made from"):
+        u.bootstrap(paper.assign(loss=paper["loss"][::-1].to_numpy()), curved, 2)
+
+
+def test_a_profile_that_meets_a_better_optimum_says_so(paper, curved, monkeypatch):
+    """A search that ends a tenth below the fit's sum of squares, as one would from a fit in a worse valley."""
+    solve = fitting.solve
+
+    def better(*arguments, **options):
+        found = solve(*arguments, **options)
+        return found._replace(sse=0.9 * found.sse)
+
+    monkeypatch.setattr(fitting, "solve", better)
+    with pytest.raises(InputError, match="a better optimum lies at E"):
+        u.profile_interval(paper, curved, "E")
+
+
+def test_every_factor_of_a_shape_is_taken_by_its_logarithm(paper):
+    law = laws.get("chinchilla+conditional-ratio")
+    fit = fitting.fit(paper, law)
+    positive = dataclasses.replace(fit, parameters=dict.fromkeys(law.parameters, 0.1))
+    assert u.logarithmic(positive) == ("A", "B", "epsilon", "epsilon_M")

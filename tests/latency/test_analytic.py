@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from itertools import product
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from morphlib.errors import InputError
 from morphlib.latency import analytic
-from morphlib.latency.analytic import MODES, fit_cpu, predict, predict_cpu
+from morphlib.latency.analytic import MODES, Machine, Workload, fit_cpu, predict, predict_cpu
 from morphlib.latency.hardware import GPUS, Estimate, Hardware
 from morphlib.shapes import Shape, Shapes
 
@@ -323,3 +324,98 @@ analytic.predict(Shape.parse("12x3072"))
 assert not {"torch", "transformers", "statsmodels"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("gpu", ["A100-40GB", "H100"])
+@pytest.mark.parametrize("mode", analytic.MODES)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("lengths", [(1, 128, 256), (3, 100, 50), (64, 2000, 11)])
+def test_a_step_by_hand(gpu, mode, bits, lengths):
+    """The module's formula with every count written out: 4 layers of width 512, 8 heads, 2 of them for keys and values."""
+    batch, in_tokens, out_tokens = lengths
+    shape, machine = Shape.parse("4x512/8h/2kv/1408ff/1000v"), Machine.of(gpu, mode)
+    work = Workload(batch=batch, in_tokens=in_tokens, out_tokens=out_tokens, weight_bits=bits, kv_bits=8, architecture="llama")
+    known = machine.at("value") | {"low_bit_bandwidth": 0.8, "fused_kernels": 1.25}
+    matrices = 4 * (2 * 512**2 + 2 * 512 * 128 + 3 * 512 * 1408) + 1000 * 512
+    weights = (matrices + (2 * 4 + 1) * 512) * bits / 8
+    bandwidth = known["memory_bandwidth_bytes_per_s"] * known["bandwidth_share"] * (0.8 if bits < 16 else 1)
+    peak = known["peak_flops_per_s"] * known["compute_share"]
+    row = analytic.operations().loc["llama"]
+    dispatched, views, fused = (
+        4 * row[f"{kind}_per_layer"] + row[f"{kind}_outside"] for kind in ("operations", "views", "fused")
+    )
+
+    def seconds(matrix_bytes, vector_bytes, flops, kernels, operations, constant):
+        device = math.hypot(matrix_bytes / bandwidth, flops / peak) + vector_bytes / bandwidth
+        device += kernels * known["kernel_cycles"] / machine.device.clock_hz
+        return max(device, operations * known["host_launch_s"]) + constant
+
+    prompt = batch * in_tokens
+    # two FLOPs a weight and 4 d for each token attended to, the logits of the last token alone
+    head, attended = 1000 * 512, 4 * 4 * 512 * (in_tokens + 1) / 2
+    reads = 2 * (matrices - head) * prompt + attended * prompt + 2 * head * batch
+    streamed = 4 * (22 * 512 + 6 * 1408) * 2
+    first = seconds(weights, prompt * streamed, reads, dispatched, dispatched + views, known["step_s"])
+    context, passes = in_tokens + out_tokens / 2, 3 if mode == "eager" else 1
+    cache = batch * 2 * 4 * 128 * context * passes  # keys and values of a byte each
+    flops = batch * (2 * matrices + 4 * 4 * 512 * context)
+    kernels = dispatched if mode == "eager" else 1.25 * fused
+    operations = {"eager": dispatched + views, "compiled": 1.25 * fused, "graph": 0}[mode]
+    constant = known["step_graph_s" if mode == "graph" else "step_s"]
+    later = seconds(weights + cache, batch * streamed, flops, kernels, operations, constant)
+    found = machine.times(shape, work, known)
+    expected = {"ttft_s": first, "tpot_s": later, "e2e_s": first + (out_tokens - 1) * later}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected, rel=1e-12)  # some roundings
+
+
+def test_what_an_activation_of_32_bits_moves():
+    fixed = {key: Estimate(x, x, x) for key, x in (("bytes", 1e10), ("flops", 1e30), ("launch", 1e-6))}
+    cpu = Hardware(
+        name="this", memory_bandwidth_bytes_per_s=fixed["bytes"], peak_flops_per_s=fixed["flops"], memory_bytes=10**11,
+        clock_hz=None, verified=True, measured=True, launch_s=fixed["launch"],
+    )  # fmt: skip
+    shape = Shape.parse("4x512/8h/2kv/1408ff/1000v")
+    step = predict(shape, cpu, weight_bits=32, in_tokens=100, out_tokens=50).decode_step
+    moved = 4 * shape.n_params("without_input_embedding") + 3 * 4 * 2 * 4 * 128 * 125 + 4 * 4 * (22 * 512 + 6 * 1408)
+    assert step.bytes_s == pytest.approx(moved / 1e10, rel=1e-12)
+
+
+def test_a_cpu_row_is_of_its_bytes_flops_layers_and_one():
+    shape = Shape.parse("4x512/8h/2kv/1408ff/1000v")
+    row = {"shape": str(shape), "batch": 3, "in_tokens": 100, "out_tokens": 50}
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        weights, streamed = size * shape.n_params("without_input_embedding"), 4 * size * (22 * 512 + 6 * 1408)
+        cache = 3 * size * 2 * 4 * 128 * 125 * 3
+        assert analytic._cpu_design(row | {"dtype": dtype}, "ttft_s") == pytest.approx(
+            [weights + 300 * streamed, 300 * shape.prefill_flops_per_token(100), 4, 1], rel=1e-12
+        )
+        assert analytic._cpu_design(row | {"dtype": dtype}, "tpot_s") == pytest.approx(
+            [weights + cache + 3 * streamed, 3 * shape.decode_flops_per_token(125), 4, 1], rel=1e-12
+        )
+
+
+def test_room_is_for_weights_and_the_whole_cache():
+    """7.4 GB of weights and 32.6 of cache fill 40 GB to the last sequence that fits."""
+    shape, machine = Shape.parse("24x2048"), Machine.of("A100-40GB")
+    each = 2 * 24 * 2048 * 2 * (128 + 256)
+    most = int((machine.device.memory_bytes - 2 * shape.n_params("total")) // each)
+    machine.check_room(shape, Workload(batch=most))
+    with pytest.raises(analytic.DoesNotFit):
+        machine.check_room(shape, Workload(batch=most + 1))
+
+
+def test_constants_span_what_their_origin_says():
+    """The device's: the fits of each GPU alone, widened by two root mean squares; the step's: those without a model."""
+    rows, known = analytic.reference(analytic.KERNEL_ROWS), analytic.fitted_constants()
+    fits = [analytic.fit_kernels(rows), *(analytic.fit_kernels(rows[rows["hardware"] == gpu]) for gpu in ("A100-80GB", "H100"))]
+    off = analytic._layer_seconds(rows, fits[0]) / (rows["value"].to_numpy() * 1e-6) - 1
+    around = 2 * math.sqrt((off**2).mean())
+    for name, each in zip(("bandwidth_share", "compute_share", "kernel_cycles"), zip(*fits, strict=True), strict=True):
+        expected = (each[0], min(each) * (1 - around), max(each) * (1 + around))
+        assert (known[name].value, known[name].low, known[name].high) == pytest.approx(expected, rel=1e-9), name
+    rows = analytic.reference(analytic.END_TO_END_ROWS)
+    launch, loop = analytic.fit_end_to_end(rows)
+    loops = [analytic.fit_end_to_end(rows.drop(held.index))[1] for _, held in rows.groupby(analytic.ONE_MODEL)]
+    assert (known["step_s"].low, known["step_s"].high) == (min(loop, *loops), max(loop, *loops))
+    off = (analytic._dispatched(rows) * launch + loop) / (rows["value"] / rows["out_tokens"].astype(float)) - 1
+    assert known["host_launch_s"].low == pytest.approx(launch * (1 - 2 * math.sqrt((off**2).mean())), rel=1e-12)

@@ -231,3 +231,74 @@ def test_load_by_others_on_the_same_cores_is_seen():
     busy.wait()
     here, _ = others()
     assert here > 0.25  # it had at least half of the core for most of the time
+
+
+def test_the_interval_of_a_median_by_counting():
+    """Of nine values a resample's median is at most the second with probability 0.030 and at most the first with 0.001: the
+    2.5th percentile is the second and, turned over, the 97.5th the eighth."""
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 90.0])
+    found = timing.median_interval(values, n_resamples=20_000)  # a share of 0.030 of so many is sure to 0.0012
+    assert (found.low, found.value, found.high) == (2.0, 5.0, 8.0)
+    ratio = timing.ratio_of_medians(values, np.array([2.0, 2.0, 80.0]), 20_000)
+    assert ratio.value == 2.5
+
+
+def test_a_ratio_of_rows_is_of_the_shapes_in_their_order_and_of_one_engine_and_dtype():
+    rows = pd.DataFrame(
+        [("2x128/2h/2kv/512ff/50432v", "hf-eager", "fp32", "9 9 9"), ("2x128/2h/2kv/512ff/50432v", "hf-eager", "bf16", "3 3 3"),
+         ("4x128/2h/2kv/512ff/50432v", "vllm", "bf16", "9 9 9"), ("4x128/2h/2kv/512ff/50432v", "hf-eager", "bf16", "6 6 6")],
+        columns=["shape", "engine", "dtype", "e2e_samples_s"],
+    )  # fmt: skip
+    assert timing.ratio_of_rows(rows, "2x128", "4x128").value == 0.5
+    assert timing.ratio_of_rows(rows, "2x128", "8x128") is None
+    assert timing.ratio_of_rows(rows, "2x128", "4x128", dtype="fp32") is None
+
+
+@pytest.mark.parametrize(
+    ("here", "elsewhere", "disturbed"), [(0.04, 0.19, 0), (0.06, 0.0, 1), (0.0, 0.21, 1), (np.nan, np.nan, 0)]
+)
+def test_a_row_says_where_other_programs_disturbed_it(here, elsewhere, disturbed):
+    m = measurement(np.array([[0.5, 0.6, 0.8]] * 3))
+    m.other_load, m.load_elsewhere = here, elsewhere
+    m.facts = {"ran_on": "cpu"}
+    assert m.row()["disturbed"] == disturbed
+
+
+def test_the_two_measures_of_ttft_may_differ_by_their_noise():
+    m = measurement(np.tile([0.5, 0.6], (10, 1)))
+    for alone, agrees in ((0.5 / 1.029, True), (0.5 / 1.031, False)):
+        m.ttft_alone_s = [alone] * 5
+        assert m.ttft_agrees is agrees
+    spread = np.tile([[0.4, 0.6], [0.6, 0.7]], (5, 1))
+    m = measurement(spread)  # quartiles 0.4 and 0.6: the median is known to 1.2533 x 0.2 / 1.349 / sqrt(10) / 0.5 = 12 %
+    m.ttft_alone_s = [0.5 / 1.3] * 5
+    assert m.ttft_agrees
+
+
+def test_the_least_disturbed_row_is_read_and_rows_keep_their_order(tmp_path):
+    m = measurement(np.array([[0.5, 0.6, 0.8]] * 3))
+    m.facts, m.other_load = {"ran_on": "cpu"}, 0.0
+    row = m.row()
+    for seed, disturbed, elsewhere, e2e_s in ((1, 0, 0.1, 1.0), (0, 0, 0.15, 2.0), (0, 1, 0.0, 3.0), (0, 0, 0.05, 4.0)):
+        timing.append(
+            tmp_path / "rows.csv", row | {"seed": seed, "disturbed": disturbed, "load_elsewhere": elsewhere, "e2e_s": e2e_s}
+        )
+    assert list(timing.load(tmp_path / "rows.csv")["e2e_s"]) == [1.0, 4.0]
+
+
+def test_a_row_tells_noise_and_the_median_of_lone_first_tokens():
+    m = measurement(np.array([[0.5, 0.6], [0.7, 0.8], [0.9, 1.4]]))
+    m.facts, m.ttft_alone_s = {"ran_on": "cpu"}, [0.1, 0.2, 0.9]
+    row = m.row()
+    assert row["ttft_alone_s"] == 0.2
+    assert row["noise"] == timing.relative_noise(np.array([0.6, 0.8, 1.4]))
+
+
+def test_samples_keep_six_digits_and_protocols_their_first_batch_and_any_noise():
+    m = measurement(np.array([[0.5, 1.23456], [0.5, 12.3456]]))
+    m.facts = {"ran_on": "cpu"}
+    assert m.row()["e2e_samples_s"] == "1.23456 12.3456"
+    for name, row in timing.protocols().items():
+        settings, stopping, _ = timing.protocol(name)
+        assert settings["batch"] == int(str(row["batch_sizes"]).split()[0])
+        assert stopping.enough([1e-3, 1.0, 10.0, 1e-3, 5.0])
