@@ -580,3 +580,10 @@ def test_the_continuous_shape_keeps_its_part_of_the_heads_and_the_width(paper, f
     d, layers = found.d_model, found.n_layers
     counted = 2 * 50432 * d + layers * (2 * d**2 + 2 * d**2 / 4 + 3 * d**2 * 8192 / 3072 + 2 * d) + d
     assert found.n_params == pytest.approx(counted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("n_not_worse", "apart"), [(4, True), (5, False)])
+def test_a_shape_is_told_apart_that_is_no_worse_in_less_than_one_draw_of_twenty(n_not_worse, apart):
+    loss = [[3.0, 2.9 if draw < n_not_worse else 3.1] for draw in range(100)]
+    columns, _ = odds(loss, [1.0, 1.0], np.ones((100, 2), dtype=bool))
+    assert columns["told_apart"].tolist() == [False, apart]
