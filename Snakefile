@@ -4,7 +4,7 @@
 #   snakemake -n                       what would run, and why
 #   snakemake --config preset=smoke    another preset; its pages lie in _build/PRESET/html
 #   snakemake study --cores all        train what is left of the study of small models: hours; --executor slurm takes it there
-#   snakemake latency_cpu --cores all  time what the recorded grid lacks, on the machine that recorded it: hours, and idle otherwise
+#   snakemake latency_cpu --cores all  time what the recorded grid lacks, on the idle machine that recorded it: hours
 
 from pathlib import Path
 

