@@ -114,7 +114,6 @@ def train(
     if done.is_file():
         return _belonging(_read(done), {run.run_id: run}, done)
     from morphlib import evaluation, scores, training
-    from morphlib.latency.models import cpu_name
 
     corpus.require(run.marks[-1])
     rows = training.train(
@@ -137,7 +136,6 @@ def train(
             | {"name": run.run_id, **accuracy}
             | {"corpus": corpus.digest, "commit": files.commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
             | {"python": platform.python_version(), "transformers": evaluation.versions()["transformers"]}
-            | {"hardware": cpu_name() if row["device"] == "cpu" else row["device"]}
         )
     table = pd.DataFrame(found)
     with files.replacing(done) as partial:
@@ -189,6 +187,8 @@ def collect(
             kept = pd.read_parquet(_losses_of(table))
             curves.append(kept[kept["run_id"].isin(old["run_id"])])  # a kill can leave losses without their row
         for folder in folders:
+            if not (folder / DONE).is_file():
+                raise InputError(f"{folder}: holds no finished run, {DONE} is not there; call morph study run for it again")
             found = _belonging(_read(folder / DONE), known, folder / DONE)
             run_id = found["run_id"].iloc[0]
             if (old["run_id"] == run_id).any():
@@ -280,7 +280,8 @@ def ranked(table: pd.DataFrame, wanted: Sequence[Run], seed: int = 0) -> pd.Data
 
 def _read(path: Path) -> pd.DataFrame:
     table = runs.read(path)
-    runs.need(table, ("run_id", "config", "corpus", "budget_tokens", "hardware"), path, "it is no table of a study")
+    columns = ("run_id", "config", "shape", "seed", "corpus", "budget_tokens", "hardware")
+    runs.need(table, columns, path, "it is no table of a study")
     return table
 
 
@@ -296,6 +297,10 @@ def _belonging(table: pd.DataFrame, known: dict[str, Run], where: Path) -> pd.Da
                 f"{at}: was made with the configuration {rows['config'].iloc[0]}, and the plan says {run.config}; "
                 "remove the row and do the run again, or give the changed run another name"
             )
+        for column, planned in (("shape", str(run.shape)), ("seed", run.recipe.seed)):
+            if (rows[column] != planned).any():
+                other = rows[column][rows[column] != planned].iloc[0]
+                raise InputError(f"{at}: has the {column} {other}, and the plan says {planned}; remove the row")
         if sorted(rows["budget_tokens"]) != run.marks:
             raise InputError(f"{at}: has the budgets {sorted(rows['budget_tokens'])}, not {run.marks}; each must be there once")
     if table["corpus"].nunique() > 1:

@@ -10,7 +10,8 @@ Two losses are reported. ``loss`` is the mean cross-entropy of held-out text in 
 paper's (`morphlib.runs.run_averaged_loss`) of all steps up to the mark, each with its z-loss.
 
 A run that is killed goes on from its last checkpoint and ends with the same bits, on a CPU of the same machine with as many
-threads. A checkpoint is one file, whose name holds its checksum; two are kept.
+threads. It may go on on another CPU, and its row then names both; a GPU does not take over from a CPU or from a GPU of another
+name. A checkpoint is one file, whose name holds its checksum; two are kept.
 
 On one CUDA device all steps are replays of a CUDA graph, but the first of the run and the first after a branch: a small model
 spends most of an eager step on launching its kernels.
@@ -48,6 +49,7 @@ from torch.distributed.fsdp import fully_shard
 
 from morphlib import files
 from morphlib.errors import InputError
+from morphlib.latency.models import cpu_name
 from morphlib.model import OpenLMConfig, OpenLMForCausalLM
 from morphlib.recipes import Recipe
 from morphlib.runs import run_averaged_loss
@@ -59,7 +61,7 @@ COOLDOWN_SHARE = 0.2  # of a budget, over which a branch lowers the learning rat
 SAVE_EVERY_S = 120.0
 KEPT = 2  # checkpoints
 _LOG = logging.getLogger(__name__)
-_TOLD = ("phase", "step", "losses", "seconds", "rows", "trunk_losses")  # of a state, in the header of a checkpoint
+_TOLD = ("phase", "step", "losses", "seconds", "machines", "rows", "trunk_losses")  # of a state, in the header of a checkpoint
 _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]{64})\.safetensors")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of sharded weights, in the memory of the first process
 
@@ -126,6 +128,7 @@ class _State:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    machines: list[str] = field(default_factory=list)  # on which it was trained, one after the other
     rows: list[dict[str, Any]] = field(default_factory=list)
     trunk: dict[str, Tensor] | None = None
     trunk_losses: list[float] = field(default_factory=list)
@@ -213,7 +216,7 @@ def train(
         model.to(device)  # type: ignore[arg-type]
         _spare_memory(model, recipe, device)
         state = _State(model, _optimizer(model, recipe, records), records=records)
-        _resume(folder, identity, state)
+        _resume(folder, identity, state, _machine(device))
         forward: Any = torch.compile(model) if recipe.compile else model
         start_s, saved_s = time.monotonic() - state.seconds, time.monotonic()
         begun, begun_s = _steps_done(state, plan), time.monotonic()
@@ -404,6 +407,7 @@ def _row(shape: Shape, state: _State, mark: int, recipe: Recipe, held_out: Mappi
         "seconds": round(state.seconds, 1),
         "log": f"losses-{mark}.csv",
         "device": _device_name(device),
+        "hardware": ", then ".join(state.machines),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         **{name: value for name, value in asdict(recipe).items() if name != "compile"},
@@ -425,6 +429,10 @@ def _publish(folder: Path, mark: int, state: _State, recipe: Recipe) -> None:
 
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+
+
+def _machine(device: str) -> str:
+    return _device_name(device) if device.startswith("cuda") else cpu_name()
 
 
 def _steps_done(state: _State, plan: Sequence[Phase]) -> int:
@@ -469,7 +477,7 @@ def _is_first() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-def _resume(folder: Path, identity: Mapping[str, Any], state: _State) -> None:
+def _resume(folder: Path, identity: Mapping[str, Any], state: _State, machine: str) -> None:
     """Put the newest whole checkpoint of the folder into ``state``, if there is one; the first process reads it."""
     told, tensors = _newest(folder, identity) if _is_first() else (None, {})
     told = _agreed(told)
@@ -477,7 +485,9 @@ def _resume(folder: Path, identity: Mapping[str, Any], state: _State) -> None:
         state.put(tensors)
         state.trunk = dict(_under("trunk.", tensors)) if told["in_branch"] else None
         for key in _TOLD:
-            setattr(state, key, told[key])
+            setattr(state, key, told.get(key, getattr(state, key)))
+    if machine not in state.machines:
+        state.machines.append(machine)
 
 
 def _newest(folder: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:

@@ -114,10 +114,9 @@ def show_plan(result: dict[str, Any]) -> None:
     table = pd.DataFrame(result["runs"])
     print(table.to_string(index=False))
     for part, rows in table.groupby("part", sort=False):
-        left_h = rows.loc[~rows["done"], "cpu_minutes"].sum() / 60
-        print(
-            f"{part}: {len(rows)} runs, {rows['done'].sum()} in {result['table']}; about {left_h:.1f} h of one thread are left"
-        )
+        all_h, left_h = rows["cpu_minutes"].sum() / 60, rows.loc[~rows["done"], "cpu_minutes"].sum() / 60
+        done = f"{rows['done'].sum()} are in {result['table']}, about {left_h:.1f} h are left"
+        print(f"{part}: {len(rows)} runs, about {all_h:.1f} h of one thread; {done}")
 
 
 def study_run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -135,7 +134,8 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     from morphlib import study
 
     table = arguments.table or study.TABLE
-    return study.collect(arguments.folders, table, arguments.plan or study.PLAN) | {"table": str(table)}
+    of = {"plan_path": arguments.plan or study.PLAN, "latencies": arguments.latencies or study.LATENCIES}
+    return study.collect(arguments.folders, table, **of) | {"table": str(table)}
 
 
 def show_collected(result: dict[str, Any]) -> None:

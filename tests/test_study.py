@@ -105,6 +105,8 @@ def test_a_plan_without_a_column_and_a_run_without_a_plan_are_told(tmp_path):
         (lambda t: pd.concat([t, t.tail(1)]), "each must be there once"),
         (lambda t: t.drop(t[t["name"] == "16x32-seed0"].index[1]), "run 16x32-seed0: has the budgets"),
         (lambda t: t.assign(run_id="other"), "is not in the plan"),
+        (lambda t: t.assign(seed=[*t["seed"][:-1], 7]), r"has the seed 7, and the plan says 0"),
+        (lambda t: t.assign(shape=[*t["shape"][:-1], "1x16"]), "has the shape 1x16, and the plan says"),
         (lambda t: t.assign(corpus=["a", *t["corpus"][1:]]), "trained on different texts"),
         (lambda t: t.drop(columns="config"), "column config is missing"),
     ],
@@ -168,6 +170,15 @@ def test_rows_are_collected_once(small, tmp_path):
     assert len(losses) == study.load(table, plan)["steps"].iloc[1]
 
 
+def test_a_run_that_is_not_finished_is_not_collected(small, tmp_path, capsys):
+    _, plan, _ = small
+    (tmp_path / "b").mkdir()
+    asked = ["--plan", str(plan), "--table", str(tmp_path / "runs.csv")]
+    assert cli.main(["study", "collect", str(tmp_path / "b"), *asked]) == 2
+    assert f"{tmp_path / 'b'}: holds no finished run" in capsys.readouterr().err
+    assert not (tmp_path / "runs.csv").exists()
+
+
 def test_losses_that_a_kill_left_without_their_row_are_not_doubled(small, tmp_path):
     folder, plan, _ = small
     table = tmp_path / "runs.csv"
@@ -226,7 +237,7 @@ def test_the_commands_tell_what_is_wrong_in_one_line(small, tmp_path, capsys):
     assert cli.main(["study", "collect", str(folder / "a"), "--plan", str(plan), "--table", str(table)]) == 0
     assert "1 runs added" in capsys.readouterr().out
     assert cli.main(["study", "plan", "--plan", str(plan), "--table", str(table)]) == 0
-    assert "fit: 2 runs, 1 in" in capsys.readouterr().out
+    assert "fit: 2 runs, about 0.0 h of one thread; 1 are in" in capsys.readouterr().out
     for arguments in (
         ["run", "nowhere", "--out", str(tmp_path / "x")],
         ["collect", str(tmp_path)],
@@ -279,15 +290,18 @@ def test_rows_that_determine_no_law_are_refused():
 
 
 def test_the_kept_models_are_those_of_the_table():
-    transformers = pytest.importorskip("transformers")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from morphlib import files, model  # noqa: F401 - transformers reads an Open-LM once the model is known
 
     table = study.load().set_index("name")
-    for kept in pd.read_csv(study.DATA / "checkpoints.csv").itertuples():
+    checkpoints = pd.read_csv(study.DATA / "checkpoints.csv")
+    assert table.loc[table["part"] == "largest", "loss"].idxmin() in set(checkpoints["run_id"])
+    for kept in checkpoints.itertuples():
         folder = study.DATA / "checkpoints" / kept.folder
         assert files.sha256(folder / "model.safetensors") == kept.sha256
-        weights = transformers.AutoModelForCausalLM.from_pretrained(folder).num_parameters()
-        row = table.loc[kept.run_id]
+        found = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        row, weights = table.loc[kept.run_id], found.num_parameters()
+        assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
         assert row["part"] == "largest" and weights == row["n_params"] + 2 * row["vocab"] * row["d_model"]
 
 

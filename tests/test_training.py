@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from conftest import ROOT  # noqa: E402
-from morphlib import files, runs  # noqa: E402
+from morphlib import files, runs, training  # noqa: E402
 from morphlib.errors import InputError  # noqa: E402
 from morphlib.model import OpenLMConfig, OpenLMForCausalLM  # noqa: E402
 from morphlib.recipes import Recipe  # noqa: E402
@@ -186,6 +186,23 @@ run(__import__("pathlib").Path({str(tmp_path / "killed")!r}), text, save_every_s
     assert process.returncode == -signal.SIGKILL
     rows = run(tmp_path / "killed", text)
     assert without_times(rows) == without_times(run(tmp_path / "whole", text))
+
+
+def test_a_run_that_goes_on_on_another_machine_names_both(tmp_path, text, monkeypatch):
+    def stop(line):
+        if line.startswith("step 25 "):
+            raise Stop
+
+    monkeypatch.setattr(training, "cpu_name", lambda: "one CPU")
+    with pytest.raises(Stop):
+        run(tmp_path, text, progress=stop, save_every_s=0.0)
+    monkeypatch.setattr(training, "cpu_name", lambda: "another")
+    rows = run(tmp_path, text)
+    assert [row["hardware"] for row in rows] == ["one CPU", "one CPU, then another"]
+    assert list(pd.read_csv(tmp_path / "rows.csv")["hardware"]) == ["one CPU", "one CPU, then another"]
+    monkeypatch.setattr(training, "_device_name", lambda device: "a GPU")
+    with pytest.raises(InputError, match="a run of another device"):
+        run(tmp_path, text)
 
 
 def test_two_processes_train_as_one(tmp_path, text):
