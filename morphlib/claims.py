@@ -47,6 +47,10 @@ def read(path: Path) -> pd.DataFrame:
             raise InputError(f"{where}: relation is {row['relation']!r}; write one of {', '.join(RELATIONS)}")
         if row["tolerance"] and not re.fullmatch(r"\d+(\.\d+)?", row["tolerance"]):
             raise InputError(f"{where}: tolerance is {row['tolerance']!r}; write a number, or nothing")
+        try:
+            format(0.0, row["shown"])
+        except ValueError:
+            raise InputError(f"{where}: shown is {row['shown']!r}; write a number's format, such as .3f, or nothing") from None
         if not row["number"] and not row["needs"]:
             raise InputError(f"{where}: names neither a number nor what a check would need; write one of them")
         if row["caveat_number"] and (row["caveat_relation"] not in RELATIONS or not row["caveat"]):
@@ -106,7 +110,7 @@ def _number(text: str, numbers: Numbers, claim: str) -> float:
         if found[0] is None:
             raise InputError(f"the claim {claim!r} rests on {text}, which has no value; see what its notebook made it from")
         text = str(found[0])
-    leading = re.match(r"[-+−]?\d+(\.\d+)?(e[-+]?\d+)?", text)
+    leading = re.match(r"[-+−]?\d+(\.\d+)?(e[-+]?\d+)?(?!,?\d)", text)  # 1,234 is neither 1 nor 1234
     if not leading:
         raise InputError(f"the claim {claim!r} rests on {text!r}, which is no number; mend book/claims.csv")
     return float(leading[0].replace("−", "-"))

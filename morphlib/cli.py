@@ -403,6 +403,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             parsed.show(result)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except OSError as error:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        if not isinstance(error, BrokenPipeError):  # whose reader, such as head, has seen enough
+            print(f"morph {parsed.command}: the result cannot be written ({error}); make room for it", file=sys.stderr)
+            return 2
     return 2 if result.get("errors") else 0

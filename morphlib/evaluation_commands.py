@@ -27,8 +27,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
         found = list(json.loads(path.read_text(encoding="utf-8"))["records"])
-        if lacking := {"task", "metric", "ids", "category", "scores"} - set.intersection(*map(set, found)):
-            raise KeyError(min(lacking))
+        for record in found:
+            if lacking := {"task", "metric", "ids", "category", "scores"} - {*record}:
+                raise KeyError(min(lacking))
+            if len(record["scores"][record["metric"]]) != len(record["ids"]):
+                raise ValueError(f"{record['task']}: as many scores as items are needed")
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no result of morph eval ({error}); write one by --out") from None

@@ -103,8 +103,8 @@ def load(
     mapped = columns or {}
     if len(set(mapped.values())) < len(mapped):
         raise InputError(f"{where}: a column is mapped to two names; map each to one")
-    # a column that already has the name of a mapped one gives way to it
-    table = table.drop(columns=[name for name, given in mapped.items() if name in table and name != given])
+    # a column that already has the name of a mapped one gives way to it, unless it is mapped to another name itself
+    table = table.drop(columns=[name for name in mapped if name in table and name not in mapped.values()])
     table = table.rename(columns={given: name for name, given in mapped.items()})
     if average_logs:
         table["loss"] = _losses_from_logs(table, where)

@@ -33,6 +33,7 @@ Record = Mapping[str, Any]
 TOKEN_METRIC = "acc_token"  # llm-foundry's: the answer of the largest log-probability per token
 SUBJECTS = 57  # of MMLU
 DRAWS = 10_000  # of a bootstrap
+SURE = 0.05  # the greatest p with which one model is called better
 _OF_CATEGORY = ("value", "standard_error", "low", "high", "n", "chance", "verdict")
 _Z = float(norm.ppf(0.975))
 
@@ -162,8 +163,9 @@ def of_the_eleven(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def compare(first: Sequence[Record], second: Sequence[Record], seed: int = 0) -> list[dict[str, Any]]:
     """Two models on the items that both answered, task by task, and over all where they are the paper's tasks.
 
-    ``difference`` is the second's value minus the first's, with a 95 % interval of a paired bootstrap within the categories;
-    ``p`` is of McNemar's exact test: that of the items where only one is right, each is as often the right one.
+    ``difference`` is the second's value minus the first's, with a 95 % interval of a paired bootstrap within the categories,
+    NaN where one has a single item; ``p`` is of McNemar's exact test: that of the items where only one is right, each is as
+    often the right one. The ``verdict`` calls one better where the interval leaves zero out and p is at most 0.05.
     ``bits_per_byte_difference`` has a standard error. Raises ``InputError`` where no item is common to both.
     """
     rng, others = np.random.default_rng(seed), {record["task"]: record for record in second}
@@ -184,10 +186,12 @@ def compare(first: Sequence[Record], second: Sequence[Record], seed: int = 0) ->
             draws += rng.multinomial(len(change), counts / len(change), size=DRAWS) @ kinds / len(change) / len(cells)
         row: dict[str, Any] = {"task": a["task"], "metric": a["metric"], "n": len(pairs)}
         row |= {"first": macro_mean(x, category.tolist())[0], "second": macro_mean(y, category.tolist())[0]}
-        row |= _difference(row, draws)
         if set(x) | set(y) <= {0, 1}:
             gained, lost = int((y > x).sum()), int((y < x).sum())
             row |= {"gained": gained, "lost": lost, "p": binomtest(gained, gained + lost).pvalue if gained + lost else 1.0}
+        if min(map(len, cells)) < 2:
+            draws[:] = np.nan  # the spread within a category is unknown
+        row |= _difference(row, draws)
         if "nats" in a and "nats" in b:
             nats = np.asarray(b["nats"])[theirs] - np.asarray(a["nats"])[mine]
             difference, error = _ratio(nats.tolist(), np.asarray(a["bytes"])[mine].tolist())
@@ -205,5 +209,8 @@ def compare(first: Sequence[Record], second: Sequence[Record], seed: int = 0) ->
 
 def _difference(means: Mapping[str, float], draws: np.ndarray) -> dict[str, Any]:
     low, high = np.quantile(draws, [0.025, 0.975])
-    verdict = "not told apart" if low <= 0 <= high else "second is better" if low > 0 else "first is better"
+    better = "second is better" if low > 0 else "first is better"
+    # a bootstrap of a few items that are all alike has no spread; McNemar's test knows how few they are
+    sure = not low <= 0 <= high and means.get("p", 0.0) <= SURE
+    verdict = "too few items" if math.isnan(low) else better if sure else "not told apart"
     return {"difference": means["second"] - means["first"], "low": float(low), "high": float(high), "verdict": verdict}

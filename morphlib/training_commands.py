@@ -186,7 +186,7 @@ def _processes(arguments: argparse.Namespace) -> Iterator[str]:
         raise InputError("torch finds no CUDA device here; leave out --device, or give cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     of_environment = os.environ.get("OMP_NUM_THREADS", "")
-    threads = arguments.threads or (int(of_environment) if of_environment.isdigit() else cores)
+    threads = arguments.threads or (int(of_environment) if of_environment.isdigit() else 0) or cores
     if threads > cores:
         raise InputError(f"{threads} threads are more than the {cores} cores; give fewer")
     torch.set_num_threads(threads)

@@ -94,7 +94,7 @@ def test_a_missing_number_stops_the_build(numbers, message):
     ("change", "message"),
     [({"relation": "is"}, "relation is 'is'"), ({"number": "", "relation": ""}, "neither a number nor what a check would need"),
      ({"tolerance": "half"}, "tolerance is 'half'"), ({"source": ""}, "lacks its claim, source"),
-     ({"caveat_number": "03:y"}, "the caveat lacks its words")],
+     ({"caveat_number": "03:y"}, "the caveat lacks its words"), ({"shown": "three"}, "shown is 'three'")],
 )  # fmt: skip
 def test_a_claim_that_cannot_be_checked_as_it_is_written_is_named(tmp_path, change, message):
     path = tmp_path / "claims.csv"

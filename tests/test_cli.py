@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -233,6 +234,14 @@ def test_a_faulty_table_is_exit_code_2_and_one_line(capsys, tmp_path, paper, fau
 def test_wrong_arguments_are_exit_code_2_and_one_line(capsys, monkeypatch, arguments):
     monkeypatch.chdir(ROOT)
     one_line(*morph(capsys, *arguments))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no full device")
+def test_a_result_that_cannot_be_written_is_told_in_one_line():
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        command = [sys.executable, "-c", "import sys; from morphlib import cli; sys.exit(cli.main(['fit', 'paper', '--json']))"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "the result cannot be written" in done.stderr
 
 
 @pytest.mark.parametrize("rows", ["few", "one size"])

@@ -520,6 +520,7 @@ GOOD = '{"q": "a", "choices": ["x", "y"], "gold": 1}\n'
         ([], "name a checkpoint"),
         (["MODEL", "--compare", "EMPTY", "EMPTY"], "name a checkpoint"),
         (["--compare", "EMPTY", "NOWHERE"], "is no result"),
+        (["--compare", "NO_SCORES", "NO_SCORES"], "is no result"),
         (["MODEL", "--limit", "0"], "at least 1"),
     ],
 )
@@ -539,7 +540,9 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, home, checkpoin
     shutil.copytree(checkpoint, bad / "UNREADABLE")
     (bad / "UNREADABLE" / "model.safetensors").write_bytes(b"cut off")
     names = {name: bad / f"{name}.yaml" for name in (*data, "BROKEN")} | {"MODEL": checkpoint, "NOWHERE": bad / "nowhere"}
-    names |= {name: bad / name for name in ("CODE", "UNREADABLE")}
+    names |= {name: bad / name for name in ("CODE", "UNREADABLE", "NO_SCORES")}
+    lacking = {"task": "t", "metric": "acc", "ids": ["0"], "category": ["t"], "scores": {"other": [1.0]}}
+    (bad / "NO_SCORES").write_text(json.dumps({"records": [lacking]}))
     given = [str(names.get(word, word)).replace("MODEL", str(checkpoint)) for word in arguments]
     code, out, errors = morph(capsys, *given)
     assert code == 2 and out == "" and line in errors[-1]

@@ -129,6 +129,9 @@ def test_legal_variations_of_csv(paper, tmp_path):
 def test_columns_mapped_onto_others(paper, tmp_path):
     path = written(paper.assign(final=paper["loss"] + 1), tmp_path / "runs.csv")
     assert np.array_equal(runs.load(path, columns={"loss": "final"})["loss"], paper["loss"] + 1)
+    swapped = written(paper.rename(columns={"loss": "tokens", "tokens": "loss"}), tmp_path / "swapped.csv")
+    table = runs.load(swapped, columns={"loss": "tokens", "tokens": "loss"})
+    assert np.array_equal(table["loss"], paper["loss"]) and np.array_equal(table["tokens"], paper["tokens"])
     with pytest.raises(InputError, match="mapped to two names"):
         runs.load(path, columns={"loss": "final", "name": "final"})
 

@@ -158,6 +158,16 @@ def test_the_interval_is_that_of_paired_differences():
     assert row["verdict"] == ("not told apart" if row["low"] <= 0 <= row["high"] else "second is better")
 
 
+def test_a_few_items_that_are_all_alike_make_no_model_better():
+    """Three items that only the second has right: p = 2 / 2^3; six: 2 / 2^6."""
+    (few,), (enough,) = (scores.compare([record([0] * n)], [record([1] * n)]) for n in (3, 6))
+    assert (few["low"], few["high"], few["p"]) == (1.0, 1.0, 0.25) and few["verdict"] == "not told apart"
+    assert enough["p"] == 2 / 64 and enough["verdict"] == "second is better"
+    names = [str(i) for i in range(57)]
+    (single,) = scores.compare([record([0] * 57, names)], [record([1] * 2 + [0] * 55, names)])
+    assert single["verdict"] == "too few items" and math.isnan(single["low"]) and math.isnan(single["high"])
+
+
 @given(outcomes, st.randoms(use_true_random=False))
 def test_items_are_matched_by_name(pairs, random):
     x, y = zip(*pairs, strict=True)
