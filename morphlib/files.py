@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -70,7 +72,7 @@ def locked(path: Path, busy: str | None = None) -> Iterator[int]:
 
     Where another process holds it, waits, or with ``busy`` raises an ``InputError`` that says so. Raises it as `writing` too.
     """
-    import fcntl  # Windows has none, and most commands need no lock
+    import fcntl  # Windows has none, and what writes no file needs no lock
 
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,33 +86,60 @@ def locked(path: Path, busy: str | None = None) -> Iterator[int]:
 
 
 def replace_folder(source: Path, destination: Path) -> None:
-    """Move ``source`` to ``destination``, which is never seen half-written."""
-    old = destination.with_name(f"{destination.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if destination.exists():
-        destination.replace(old)
+    """Move ``source`` to ``destination``, which is never seen half-written, and after a failure is what it was."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    source.replace(destination)
+    old = _brought_back(destination)
     shutil.rmtree(old, ignore_errors=True)
+    if destination.is_dir():
+        destination.replace(old)
+    try:
+        source.replace(destination)
+    finally:
+        _brought_back(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _brought_back(folder: Path) -> Path:
+    """Where a folder lies while another takes its place; one that was left there is put back."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        old.replace(folder)
+    return old
+
+
+@contextmanager
+def own_place(folder: Path, name: str) -> Iterator[Path]:
+    """A path inside ``folder`` for this writer alone; what still lies there at the end is removed.
+
+    So is what a killed writer left under this name: each holds a lock, which the operating system ends with it. Raises
+    ``InputError`` as `locked`, and ``OSError``.
+    """
+    for left in folder.glob(f".{glob.escape(name)}-*.partial/lock"):
+        with suppress(InputError), locked(left, "its writer is at work"):
+            shutil.rmtree(left.parent, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-", suffix=".partial", ignore_cleanup_errors=True) as own,
+        locked(Path(own, "unheld")),
+    ):
+        Path(own, "unheld").rename(Path(own, "lock"))  # only now: others take a lock that nobody holds for one that was left
+        yield Path(own, "made")
 
 
 @contextmanager
 def replacing(path: Path, *errors: type[Exception]) -> Iterator[Path]:
     """A path for a file or a folder, which takes the place of ``path`` at the end; after a failure nothing of it is left.
 
-    The folder above is made where there is none. Raises ``InputError`` as `writing`.
+    The folder above is made where there is none. Of two writers of a file at once the last one to end stays. Raises
+    ``InputError`` as `writing`, and for a path without a name.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with writing(path, *errors):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)  # what a kill left
+    if not path.name:
+        raise InputError(f"{path}: cannot be replaced; give the name of a file or folder inside it")
+    with writing(path, *errors):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _brought_back(path)
+        with own_place(path.parent, path.name) as partial:
             yield partial
             if partial.is_dir():
                 replace_folder(partial, path)
             else:
                 partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-        shutil.rmtree(partial, ignore_errors=True)
