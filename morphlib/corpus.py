@@ -26,7 +26,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,10 +82,11 @@ def _staged(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into ``folder`` at the end, the manifest last; after a failure none does."""
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as name:
-            yield Path(name)
+        with files.own_place(folder, "unfinished") as stage:
+            stage.mkdir()
+            yield stage
             (folder / MANIFEST).unlink(missing_ok=True)  # so that half of the old and half of the new are no corpus
-            for path in sorted(Path(name).iterdir(), key=lambda path: path.name == MANIFEST):
+            for path in sorted(stage.iterdir(), key=lambda path: path.name == MANIFEST):
                 path.replace(folder / path.name)
 
 

@@ -316,6 +316,17 @@ def test_an_interrupted_build_leaves_the_old_corpus(monkeypatch, fault):
         assert built(folder, names=["some"]) == before
 
 
+def test_a_killed_build_leaves_nothing_after_the_next():
+    with made_up(some=["a text"]) as folder:
+        staged = f"with corpus._staged(Path({str(folder)!r})) as stage:\n    (stage / 'train.npy').touch()"
+        lines = f"import os\nfrom pathlib import Path\nfrom morphlib import corpus\n{staged}\n    os.kill(os.getpid(), 9)"
+        command = [sys.executable, "-c", lines]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+        assert len(list(folder.glob(".unfinished-*"))) == 1
+        build(folder)
+        assert {path.name for path in folder.iterdir()} == {"manifest.json", "train.npy", "some.npy"}
+
+
 # opening
 
 
