@@ -182,7 +182,9 @@ def _strings(key: str, value: Any, source: Source, label: str = "") -> Iterator[
 def _docstrings(packages: Iterable[str]) -> Iterator[str]:
     """The docstrings of those packages that are installed; their files are parsed, and none is imported."""
     for found in filter(None, map(util.find_spec, packages)):
-        for path in sorted(Path(str(found.origin)).parent.rglob("*.py")):
+        if found.origin is None:
+            continue  # a folder that only shares the name
+        for path in sorted(Path(found.origin).parent.rglob("*.py")):
             try:
                 nodes = ast.walk(ast.parse(path.read_bytes()))
             except (SyntaxError, ValueError):

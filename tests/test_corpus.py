@@ -446,6 +446,16 @@ def test_docstrings_are_parsed_and_not_imported(tmp_path, monkeypatch):
     assert "loud_package" not in sys.modules
 
 
+def test_a_folder_that_only_shares_a_packages_name_is_no_text(tmp_path, monkeypatch):
+    """Python takes it for a namespace package, which lies in no one file."""
+    (tmp_path / "namesake").mkdir()
+    (tmp_path / "mine.py").write_text('"""A text of one\'s own."""\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    source = row("docstrings", "docstrings", reader="docstrings", wheel="", members="namesake")
+    assert list(corpus.documents(source)) == []
+
+
 # downloads
 
 
