@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -20,6 +21,7 @@ from typing import Any
 import myst_nb
 import numpy as np
 import pandas as pd
+import yaml
 from IPython.display import HTML
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -123,6 +125,7 @@ def log_ticks(axis: Axis) -> None:
 
 def short_count(number: float) -> str:
     """A count of parameters or tokens in three digits: 78.9M, 1.44B."""
+    number = float(f"{number:.3g}")  # 999,999 is 1M
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"
@@ -189,17 +192,19 @@ def provenance(notebook: str, namespace: Mapping[str, Any]) -> HTML:
     commit, dirty, _ = files.commit().partition("-dirty")
     versions = {name: metadata.version(name.replace("_", "-")) for name in _SHOWN_VERSIONS if name in sys.modules}
     seconds = time.time() - psutil.Process().create_time()
-    peak_mb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
     told = {
         "preset": preset or "none, plain papermill",
         "commit": f"{commit}, {'with uncommitted changes' if dirty else 'nothing uncommitted'}",
         "machine": f"{cpu_name()}, {os.cpu_count()} cores",
         "versions": ", ".join(f"{name} {version}" for name, version in {"Python": sys.version.split()[0], **versions}.items()),
-        "time and memory": f"{seconds:.0f} s, and {peak_mb:,.0f} MiB in the largest process",
+        "time and memory": f"{seconds:.0f} s, and {_peak_mib():,.0f} MiB in the largest process",
         "parameters": ", ".join(f"{name} = {value!r}" for name, value in parameters.items()),
     }
     rows = "".join(f"<tr><th scope='row'>{key}</th><td>{escape(value)}</td></tr>" for key, value in told.items())
-    plain = f"papermill notebooks/{notebook}.ipynb out.ipynb -y {shlex.quote(files.to_json(parameters))}"
+    # as YAML, for papermill takes JSON's 1e-05 for a text
+    style: Any = {"default_flow_style": True, "sort_keys": False, "width": math.inf, "allow_unicode": True}
+    given = yaml.safe_dump(json.loads(files.to_json(parameters)), **style).rstrip()
+    plain = f"papermill notebooks/{notebook}.ipynb out.ipynb -y {shlex.quote(given)}"
     page = (
         f'<details class="provenance" open><summary>How this page was made</summary><table class="table">{rows}</table>'
         f"<p>To make it again:</p><pre>{escape(chr(10).join(filter(None, (command, plain))))}</pre>"
@@ -208,6 +213,12 @@ def provenance(notebook: str, namespace: Mapping[str, Any]) -> HTML:
     found = {"notebook": notebook, "preset": preset, "parameters": parameters,
              "numbers": _NUMBERS, "figures": _FIGURES, "live": _LIVE}  # fmt: skip
     return HTML(page, metadata={results.KEY: json.loads(files.to_json(found))})
+
+
+def _peak_mib() -> float:
+    """The peak resident memory of the largest process, this one or a child of it."""
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
 
 
 def _against_published(notebook: str) -> str:

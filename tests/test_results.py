@@ -1,15 +1,19 @@
 """What a notebook hands over, what a figure shows, and what differs between two executions."""
 
 import base64
+import html
 import json
 import math
 import re
+import shlex
+import sys
 
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -210,6 +214,30 @@ def test_provenance_shows_parameters_and_command_and_keeps_live_numbers_apart(mo
         "MiB",
     ):
         assert text in page.data
+
+
+def test_the_command_that_makes_a_page_again_gives_the_same_parameters():
+    """It goes through a page, a shell and the YAML of papermill."""
+    parameters = {"rate": 1e-5, "tokens": 1e16, "rates": [1e-7, 0.5], "text": "1e-05", "name": "Schrödinger's x: y, " * 9,
+                  "rows": None, "on": True, "n": 3}  # fmt: skip
+    page = report.provenance("03_none", {"__annotations__": parameters, **parameters}).data
+    command = html.unescape(re.search(r"papermill .*(?=</pre>)", page)[0])
+    assert yaml.safe_load(shlex.split(command)[-1]) == parameters
+
+
+def test_peak_memory_counts_in_the_unit_of_the_system(monkeypatch):
+    on_linux = report._peak_mib()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert report._peak_mib() == pytest.approx(on_linux / 1024, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("count", "short"),
+    [(0, "0"), (999, "999"), (999.6, "1k"), (999_499, "999k"), (999_999, "1M"), (78.9e6, "78.9M"), (999.6e6, "1B"),
+     (1.439e9, "1.44B"), (999_999_999_999, "1T")],
+)  # fmt: skip
+def test_a_count_has_three_digits_and_its_unit(count, short):
+    assert report.short_count(count) == short
 
 
 def test_a_page_with_other_numbers_says_how_far_they_are_from_the_published(monkeypatch):
