@@ -52,7 +52,7 @@ def read_presets(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The presets file: preset -> notebook -> parameter -> value."""
     try:
         presets = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); give a presets file") from None
     try:
         return {preset: {name: dict(v or {}) for name, v in (notebooks or {}).items()} for preset, notebooks in presets.items()}
@@ -65,10 +65,7 @@ def declared_parameters(notebook: Path) -> dict[str, ast.expr]:
 
     The cell is read, not run. Every line of it is ``name: type = default``.
     """
-    try:
-        content = nbformat.read(notebook, as_version=4)
-    except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
-        raise InputError(f"{notebook}: cannot be read as a notebook ({type(error).__name__}); give an .ipynb file") from None
+    content = results.read_notebook(notebook)
     cells = [cell for cell in content.cells if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise InputError(f"{notebook}: has {len(cells)} cells tagged 'parameters'; tag exactly one")
@@ -321,7 +318,7 @@ def colab_notebooks(output: Path) -> None:
     with files.replacing(output) as folder:
         (folder / "notebooks").mkdir(parents=True)
         for source in sorted(Path("notebooks").glob("*.ipynb")):
-            notebook = nbformat.read(source, as_version=4)
+            notebook = results.read_notebook(source)
             cell = nbformat.v4.new_code_cell(install, id="colab", metadata={"tags": ["colab"]})
             notebook.cells.insert(0, cell)
             nbformat.write(notebook, folder / "notebooks" / source.name)
@@ -350,7 +347,7 @@ def record(notebooks: Path, output: Path) -> None:
     found = results.read(notebooks)
     if missing := {path.stem for path in Path("notebooks").glob("*.ipynb")} - set(found):
         raise InputError(f"{notebooks}: lacks {', '.join(sorted(missing))}; execute all notebooks first, with make book")
-    if any(result["preset"] != "laptop" for result in found.values()):
+    if any(result.get("preset") != "laptop" for result in found.values()):
         raise InputError(f"{notebooks}: was not executed at the preset laptop, which is the one that is published")
     _refuse_damaged(notebooks)
     kept = {name: {key: result[key] for key in ("numbers", "figures")} for name, result in found.items()}
@@ -455,7 +452,7 @@ def _execute_with_preset(notebook: Path, output: Path, presets_file: Path, prese
         raise InputError(f"{presets_file}: has no preset {preset!r}; choose one of {', '.join(presets)}")
     try:
         given = {name: yaml.safe_load(value) for name, value in own}
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:  # a date that is none
         raise InputError(f"a parameter is not YAML ({' '.join(str(error).split())}); quote it") from None
     # the kernel inherits these, and the page shows them
     number = notebook.stem if notebook.stem.endswith("_solutions") else notebook.stem.partition("_")[0]

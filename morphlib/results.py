@@ -23,19 +23,29 @@ Numbers = Mapping[str, float | int | str | None]
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The results by notebook: of one executed notebook, of a folder of them, or of recorded numbers (a JSON file).
+    """The results by notebook: of one executed notebook, of a folder of them, or of recorded numbers.
 
-    Raises ``InputError`` where there is none.
+    The last are a JSON file, of all notebooks or of the one whose page it lies beside. Raises ``InputError`` where there is
+    none.
     """
     if path.suffix == ".json":
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); give published numbers or executed notebooks") from None
-    found = {notebook.stem: _of_notebook(notebook) for notebook in (executed(path) if path.is_dir() else [path])}
+        found = _recorded(path)
+    else:
+        found = {notebook.stem: _of_notebook(notebook) for notebook in (executed(path) if path.is_dir() else [path])}
     if not found:
         raise InputError(f"{path}: holds no executed notebooks; name a folder of them, or execute them with make book")
     return found
+
+
+def _recorded(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found = {found["notebook"]: found} if "notebook" in found else found
+        kinds = ("numbers", "figures")
+        return {name: {**result, **{kind: dict(result[kind]) for kind in kinds}} for name, result in found.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: cannot be read ({why}); give published numbers or executed notebooks") from None
 
 
 def executed(folder: Path) -> list[Path]:
@@ -43,13 +53,18 @@ def executed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.ipynb") if not path.name.endswith(".partial.ipynb"))
 
 
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook, executed or not. Raises ``InputError`` for a file that is none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (OSError, ValueError, TypeError, AttributeError, nbformat.ValidationError) as error:  # nbformat's for [] or null
+        why = type(error).__name__
+        raise InputError(f"{path}: cannot be read as a notebook ({why}); give an .ipynb file, or execute it again") from None
+
+
 def _outputs(path: Path, key: str) -> list[tuple[Any, str]]:
     """What the HTML outputs of an executed notebook carry under a key of their metadata, and the HTML."""
-    try:
-        cells = nbformat.read(path, as_version=4).cells
-    except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
-        raise InputError(f"{path}: cannot be read as a notebook ({type(error).__name__}); execute it again") from None
-    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    outputs = [output for cell in read_notebook(path).cells for output in cell.get("outputs", ())]
     carried = [(output.get("metadata", {}).get("text/html", {}).get(key), output) for output in outputs]
     return [(value, output["data"]["text/html"]) for value, output in carried if value is not None]
 

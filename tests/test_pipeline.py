@@ -1,4 +1,5 @@
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -108,10 +109,10 @@ def test_presets_name_notebooks_and_parameters_that_exist():
             pipeline.check_parameters(ROOT / "notebooks" / f"{name}.ipynb", parameters)
 
 
-@pytest.mark.parametrize("text", ["smoke: {a: [}", "- smoke", "just text", "smoke: {a: {x: 1}, a: {x: 2}}"])
+@pytest.mark.parametrize("text", [b"smoke: {a: [}", b"- smoke", b"just text", b"smoke: {a: {x: 1}, a: {x: 2}}", b"a: \xff"])
 def test_presets_that_are_none_say_so(tmp_path, text):
     path = tmp_path / "presets.yml"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(InputError, match=r"presets\.yml") as refused:
         pipeline.read_presets(path)
     assert len(str(refused.value).splitlines()) == 1
@@ -131,6 +132,14 @@ def test_wrong_use_of_the_command_is_exit_code_2_and_one_line(monkeypatch, capsy
     monkeypatch.chdir(ROOT)
     assert pipeline.main(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff\xfe"])
+def test_a_file_that_is_no_notebook_is_named_in_one_line(tmp_path, monkeypatch, capsys, content):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "week3.ipynb").write_bytes(content)
+    assert pipeline.main(["execute", str(tmp_path / "week3.ipynb"), str(tmp_path / "out.ipynb")]) == 2
+    assert re.fullmatch(r".*week3\.ipynb: cannot be read as a notebook .*\n", capsys.readouterr().err)
 
 
 def test_the_repository_address_comes_from_one_place(monkeypatch, tmp_path):

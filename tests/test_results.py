@@ -55,10 +55,10 @@ def test_results_survive_the_notebook(tmp_path):
     assert found["numbers"] == {"mse": 0.1, "best": "12x3072"} and found["live"] == {"seconds": 3.0}
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"cells": []}'])
+@pytest.mark.parametrize("content", [b"", b"{", b'{"cells": []}', b"[]", b"null", b"\xff\xfe", b'{"nbformat": 9}'])
 def test_a_truncated_notebook_is_named(tmp_path, content):
     path = tmp_path / "03_law.ipynb"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(InputError, match=r"03_law\.ipynb.*execute it"):
         results.read(tmp_path)
 
@@ -68,10 +68,30 @@ def test_a_folder_without_executed_notebooks_is_named(tmp_path):
         results.read(tmp_path)
 
 
-def test_a_file_that_holds_no_results_is_refused(tmp_path):
-    (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"list\.json: cannot be read"):
-        results.read(tmp_path / "list.json")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[1]",
+        b"[]",
+        b"null",
+        b"{}",
+        b"\xff\xfe",
+        b'{"03_law": {"live": {}}}',
+        b'{"notebook": "03_law", "live": {"seconds": 1}}',
+    ],
+)
+def test_a_file_that_holds_no_results_is_refused_in_one_line(tmp_path, monkeypatch, capsys, content):
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "none.json"
+    path.write_bytes(content)
+    assert pipeline.main(["diff", str(path), str(path)]) == 2
+    assert re.fullmatch(r".* diff: .*none\.json: (cannot be read|holds no) .*; .*\n", capsys.readouterr().err)
+
+
+def test_the_numbers_beside_a_page_are_results_too(tmp_path):
+    beside = {"notebook": "03_law", "preset": "smoke", "parameters": {}, "numbers": {"mse": 0.1}, "figures": {"A figure": "ab"}}
+    (tmp_path / "03_law.json").write_text(json.dumps(beside))
+    assert results.read(tmp_path / "03_law.json") == {"03_law": beside}
 
 
 def test_the_difference_of_two_executions_names_numbers_figures_and_moved_verdicts(tmp_path, monkeypatch):
@@ -108,6 +128,8 @@ def test_numbers_are_recorded_only_of_every_notebook_at_the_published_preset(tmp
         executed(tmp_path / notebook.name, {"x": 1.0}, preset="smoke")
     with pytest.raises(InputError, match="not executed at the preset laptop"):
         pipeline.record(tmp_path, tmp_path / "out.json")
+    with pytest.raises(InputError, match="not executed at the preset laptop"):
+        pipeline.record(ROOT / "morphlib/data/published.json", tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
 
 
@@ -134,7 +156,7 @@ def test_a_name_that_means_no_notebook_is_an_error_that_lists_them(monkeypatch, 
         pipeline.notebook_named(name)
 
 
-@pytest.mark.parametrize("parameters", ["n_starts", "exponents='free", "n_starts=[", "n_start=3"])
+@pytest.mark.parametrize("parameters", ["n_starts", "exponents='free", "n_starts=[", "n_starts=2026-99-99", "n_start=3"])
 def test_wrong_parameters_of_ones_own_are_one_line_and_exit_code_2(monkeypatch, capsys, parameters):
     monkeypatch.chdir(ROOT)
     assert pipeline.main(["notebook", "03", "--parameters", parameters]) == 2
