@@ -465,7 +465,10 @@ def _execute_with_preset(notebook: Path, output: Path, presets_file: Path, prese
 
 
 def own_page(notebook: Path, presets: Path, preset: str, parameters: str) -> Path:
-    """Execute a notebook with parameters of one's own, ``name=value name=value``, under ``_build/own``, and make its page."""
+    """Execute a notebook with parameters of one's own, ``name=value name=value``, under ``_build/own``, and make its page.
+
+    Raises ``InputError`` for wrong parameters, and while another process makes this page: it would show the other's numbers.
+    """
     try:
         pairs = [pair.split("=", 1) for pair in shlex.split(parameters)]
     except ValueError as error:
@@ -473,8 +476,9 @@ def own_page(notebook: Path, presets: Path, preset: str, parameters: str) -> Pat
     if wrong := ["=".join(pair) for pair in pairs if len(pair) != 2]:
         raise InputError(f"P: {wrong[0]!r} is no parameter; write name=value")
     folder = Path("_build/own") / notebook.stem
-    _execute_with_preset(notebook, folder / "tree/notebooks" / notebook.name, presets, preset, pairs)
-    build_book(folder / "tree", folder / "html", only=notebook.stem)
+    with files.locked(folder / "lock", f"{folder}: another run makes this page; wait until it has ended"):
+        _execute_with_preset(notebook, folder / "tree/notebooks" / notebook.name, presets, preset, pairs)
+        build_book(folder / "tree", folder / "html", only=notebook.stem)
     return folder / "html/notebooks" / f"{notebook.stem}.html"
 
 

@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -225,6 +226,15 @@ def test_the_same_pages_give_the_same_archive(tmp_path):
     assert (tmp_path / "out/book-1/b/c.html").read_text() == "<p>b/c.html</p>"
     with zipfile.ZipFile(archives[0]) as archive:
         assert {entry.external_attr >> 16 for entry in archive.infolist()} == {0o644}  # else unzip makes files nobody may read
+
+
+def test_a_second_run_of_a_notebook_with_parameters_of_ones_own_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    page = (Path("notebooks/03_law.ipynb"), Path("presets.yml"), "smoke", "x=1")
+    with files.locked(Path("_build/own/03_law/lock")), pytest.raises(InputError, match="another run makes this page; wait"):
+        pipeline.own_page(*page)
+    with pytest.raises(InputError, match=r"presets\.yml: cannot be read"):  # it goes on, to where there is nothing
+        pipeline.own_page(*page)
 
 
 def test_a_second_build_in_the_same_folder_is_refused(monkeypatch, tmp_path):
