@@ -110,6 +110,7 @@ class Worker:
             "OMP_NUM_THREADS": str(configuration.threads),
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONSAFEPATH": "1",  # else a torch.py in the current folder, which a model may have come with, would be run
         }
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - as long as the process
         self._pipe, theirs = multiprocessing.Pipe()

@@ -89,6 +89,13 @@ def test_a_worker_answers_and_ends():
     assert worker.process.poll() is not None
 
 
+def test_a_worker_runs_no_code_of_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit('run')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with closing(Worker(configuration())) as worker:
+        assert worker.generate().token_times_s.shape == (6,)
+
+
 def test_a_worker_that_is_killed_is_told_in_one_line():
     with closing(Worker(configuration())) as worker:
         os.kill(worker.process.pid, signal.SIGKILL)
