@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,7 +105,7 @@ class Worker:
         python = sys.executable
         if configuration.engine == "vllm":
             python = os.environ.get("MORPH_VLLM_PYTHON", "")
-            if not Path(python).is_file():
+            if not shutil.which(python):
                 raise InputError("the engine vllm needs an environment of its own; set MORPH_VLLM_PYTHON to its python")
         environment = os.environ | {
             "OMP_NUM_THREADS": str(configuration.threads),
@@ -112,7 +113,8 @@ class Worker:
             "PYTHONPATH": str(Path(__file__).parents[2]),
             "PYTHONSAFEPATH": "1",  # else a torch.py in the current folder, which a model may have come with, would be run
         }
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - as long as the process
+        # as long as the process, which may write what is no text
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._pipe, theirs = multiprocessing.Pipe()
         with theirs:
             self.process = subprocess.Popen(

@@ -124,9 +124,19 @@ def test_a_missing_cuda_device_is_told(changes):
         engines._HuggingFace(configuration(**changes))
 
 
-def test_vllm_without_an_environment_is_told(monkeypatch):
-    monkeypatch.delenv("MORPH_VLLM_PYTHON", raising=False)
-    with pytest.raises(InputError, match="MORPH_VLLM_PYTHON"):
+@pytest.mark.parametrize("python", ["", "no-such-file", "/", "/etc/passwd"])
+def test_vllm_without_an_environment_is_told(monkeypatch, python):
+    monkeypatch.setenv("MORPH_VLLM_PYTHON", python)
+    with pytest.raises(InputError, match="set MORPH_VLLM_PYTHON"):
+        Worker(configuration(engine="vllm"))
+
+
+def test_last_words_that_are_no_text_are_told(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nprintf 'in Latin-1: caf\\351' >&2; exit 3\n", encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setenv("MORPH_VLLM_PYTHON", str(python))
+    with pytest.raises(InputError, match="exit code 3.: in Latin-1: caf"):
         Worker(configuration(engine="vllm"))
 
 
