@@ -585,7 +585,8 @@ def _fit_cpu_time(rows: pd.DataFrame, time: str) -> Array:
 def predict_cpu(fit: CpuFit, rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with ``ttft_s``, ``tpot_s`` (empty for a single token) and ``e2e_s`` as fitted.
 
-    Raises ``InputError`` for an engine and dtype that were not measured.
+    Empty where no row of the fit had the time: rows of single tokens tell nothing of further ones. Raises
+    ``InputError`` for an engine and dtype that were not measured.
     """
     if unknown := set(zip(rows["engine"], rows["dtype"], strict=True)) - set(fit):
         raise InputError(f"no measured latency is of {' in '.join(min(unknown))}; measure some, or choose another")
@@ -597,7 +598,7 @@ def predict_cpu(fit: CpuFit, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_e2e(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(e2e_s=rows["ttft_s"] + (rows["out_tokens"] - 1) * rows["tpot_s"].fillna(0.0))
+    return rows.assign(e2e_s=rows["ttft_s"] + (rows["out_tokens"] - 1) * rows["tpot_s"].where(rows["out_tokens"] > 1, 0.0))
 
 
 def _relative_nnls(design: Array, target: Array) -> Array:
@@ -609,8 +610,8 @@ def _relative_nnls(design: Array, target: Array) -> Array:
 def score_cpu(rows: pd.DataFrame) -> dict[str, Score]:
     """Measured CPU times, each shape predicted by a fit without it: a score for ``ttft_s``, ``tpot_s`` and ``e2e_s``.
 
-    Columns as `fit_cpu`; rows without a shape (an architecture that `Shape` does not describe) are left out. Raises
-    ``InputError`` for fewer than two shapes.
+    Columns as `fit_cpu`. Left out are rows without a shape (an architecture that `Shape` does not describe), and of each
+    time those that have none or whose other shapes have none. Raises ``InputError`` for fewer than two shapes.
     """
     rows = rows.dropna(subset=[column for column in ("shape",) if column in rows])
     if rows.get("shape", pd.Series()).nunique() < 2:
@@ -618,7 +619,7 @@ def score_cpu(rows: pd.DataFrame) -> dict[str, Score]:
     held = [rows["shape"] == shape for shape in rows["shape"].unique()]
     measured = _with_e2e(pd.concat([rows[one] for one in held]))
     predicted = pd.concat([predict_cpu(fit_cpu(rows[~one]), rows[one]) for one in held])
-    there = {time: measured[time].notna() for time in (*CPU_TIMES, "e2e_s")}
+    there = {time: measured[time].notna() & predicted[time].notna() for time in (*CPU_TIMES, "e2e_s")}
     return {
         time: _score(f"{time}, one shape left out", measured["shape"][seen], measured[time][seen], predicted[time][seen])
         for time, seen in there.items()

@@ -281,6 +281,16 @@ def test_cpu_fits_are_exact_without_noise_and_keep_the_index():
     assert (said["e2e_s"] == said["ttft_s"] + 63 * said["tpot_s"].fillna(0)).all()
 
 
+def test_a_time_per_token_that_nothing_told_is_not_taken_for_none():
+    rows = _measured(np.random.default_rng(1), noise=0)
+    single = rows[rows["out_tokens"] == 1]
+    said = predict_cpu(fit_cpu(single), rows)
+    assert (said["e2e_s"].isna() == (rows["out_tokens"] > 1)).all()
+    # without the first shape no further token was timed
+    scores = analytic.score_cpu(pd.concat([rows.iloc[:3], single.iloc[1:]]))
+    assert [score.n for score in scores.values()] == [10, 0, 8]
+
+
 def test_cpu_fits_say_what_is_missing():
     rows = _measured(np.random.default_rng(1))
     with pytest.raises(InputError, match="lack batch, tpot_s"):
