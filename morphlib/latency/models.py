@@ -67,9 +67,15 @@ class Model:
         return self._weightless("fp32").num_parameters()
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes that the cache of keys and values grows by with each token: those of ``Shape``, for any head size."""
-        sizes = dimensions(self.config)
-        return 2 * sizes["n_layers"] * sizes["n_kv_heads"] * sizes["head_size"] * (4 if dtype == "fp32" else 2)
+        """Bytes that the cache of keys and values grows by with each token: those of ``Shape``, for any head size.
+
+        With multi-head latent attention it is one vector for all heads (see `Shape.kv_bytes_per_token`).
+        """
+        sizes, text = dimensions(self.config), self.config.get_text_config()
+        width = 2 * sizes["n_kv_heads"] * sizes["head_size"]
+        if latent := getattr(text, "kv_lora_rank", None):
+            width = latent + text.qk_rope_head_dim
+        return sizes["n_layers"] * width * (4 if dtype == "fp32" else 2)
 
     def facts(self, dtype: str) -> dict[str, Any]:
         """What a measurement records of the model: name, shape, sizes (see `dimensions`), parameters, kind of weights."""
@@ -92,9 +98,9 @@ class Model:
         the libraries take for themselves is not in it.
         """
         model, sizes = self._weightless(dtype), dimensions(self.config)
-        cached = self.kv_bytes_per_token(dtype)
-        widest = 3 * sizes["d_ff"] + sizes["n_heads"] * sizes["head_size"] + 4 * sizes["d_model"]
-        rows = context * (cached + cached // sizes["n_layers"] + widest * model.dtype.itemsize)
+        heads = sizes["n_heads"] + 2 * sizes["n_kv_heads"]
+        widest = 3 * sizes["d_ff"] + heads * sizes["head_size"] + 4 * sizes["d_model"]
+        rows = context * (self.kv_bytes_per_token(dtype) + widest * model.dtype.itemsize)
         scores = 2 * 4 * sizes["n_heads"] * context**2 if model.config._attn_implementation == "eager" else 0
         return model.get_memory_footprint() + batch * (rows + scores + 5 * 4 * sizes["vocab"])
 
@@ -285,8 +291,10 @@ def dimensions(config: PretrainedConfig) -> dict[str, Any]:
     missing = [TRANSFORMERS_NAMES[field] for field in ("d_model", "n_layers", "n_heads") if not isinstance(sizes[field], int)]
     if missing:
         raise InputError(f"a {config.model_type} has no {', '.join(missing)}; give a decoder-only transformer")
+    # Falcon does not count the heads of its first form, where all share one
+    one_for_all = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
     return sizes | {
-        "n_kv_heads": sizes["n_kv_heads"] or sizes["n_heads"],
+        "n_kv_heads": sizes["n_kv_heads"] or (1 if one_for_all else sizes["n_heads"]),
         "head_size": getattr(text, "head_dim", None) or sizes["d_model"] // sizes["n_heads"],
         # OPT calls it ffn_dim; GPT-2 and GPT-Neo leave it out where it is four times the width
         "d_ff": getattr(text, "ffn_dim", None) or sizes["d_ff"] or 4 * sizes["d_model"],

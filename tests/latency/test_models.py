@@ -245,6 +245,29 @@ def test_memory_of_a_known_case():
     assert 2 * 6_738_415_616 < model.memory_bytes("bf16", 1, 1) < model.memory_bytes("fp32", 1, 1) / 1.99
 
 
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("falcon", {}),
+        ("falcon", {"multi_query": False}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        ("gpt_bigcode", {"n_positions": 64}),
+        ("minicpm3", LATENT),
+        ("deepseek_v3", LATENT | {"moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_routed_experts": 2}),
+    ],
+)
+def test_the_cache_grows_as_said_with_one_head_for_all_and_with_a_latent(architecture, fields):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 128}
+    config = transformers.AutoConfig.for_model(architecture, **(sizes | {"pad_token_id": None} | fields))
+    model = Model(name=architecture, config=config)
+    with torch.inference_mode():
+        cache = model.load("fp32", "cpu")(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    assert 5 * model.kv_bytes_per_token("fp32") == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
 # --- operations
 
 
