@@ -76,6 +76,8 @@ def _planned(arguments: argparse.Namespace, settings: dict[str, Any]) -> list[Co
 
     try:
         table = pd.read_csv(arguments.grid).convert_dtypes().to_dict("records")
+        if not table:
+            raise ValueError("it has no rows")
         rows = [{str(name): value for name, value in row.items() if not pd.isna(value)} for row in table]
         return [Configuration(**settings | row | named) for row in rows]
     except (OSError, ValueError, TypeError) as error:

@@ -19,7 +19,9 @@ import csv
 import fcntl
 import os
 import platform
+import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -281,20 +283,30 @@ def append(path: Path, row: dict[str, Any]) -> None:
     """Append a row to a CSV table with the columns ``COLUMNS``; the file is made where there is none.
 
     The row is written at once and flushed to the disk. What a process that was killed left of a line is removed.
-    Raises ``InputError`` for a file that is another table.
+    Raises ``InputError`` for a file that is no such table, and where it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
-        whole = text[: text.rfind("\n") + 1]
-        if whole and whole.splitlines()[0] != ",".join(COLUMNS):
-            raise InputError(f"{path}: is not a table of measurements of this version; record into another file")
-        file.truncate(len(whole.encode()))
-        pd.DataFrame([row], columns=COLUMNS).to_csv(file, index=False, header=not whole, float_format="%.6g")
-        file.flush()
-        os.fsync(file.fileno())
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            whole = _whole_rows(path, file.read())
+            file.truncate(len(whole))
+            added = pd.DataFrame([row], columns=COLUMNS).to_csv(index=False, header=not whole, float_format="%.6g")
+            end_of_last = b"" if whole.endswith(b"\n") or not whole else b"\n"  # an editor may have left it out
+            file.write(end_of_last + added.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _whole_rows(path: Path, text: bytes) -> bytes:
+    """The text of a table less what a kill left of its last line; ``InputError`` where it is another."""
+    header = ",".join(COLUMNS).encode()
+    first, ended, _ = text.partition(b"\n")
+    if first.rstrip(b"\r") != header and (ended or not header.startswith(first)):
+        raise InputError(f"{path}: is not a table of measurements of this version; record into another file")
+    last_is_whole = re.search(rb",\d{4}-\d\d-\d\d\r?$", text)  # a row ends in its date
+    return text if last_is_whole else text[: text.rfind(b"\n") + 1]
 
 
 def load(source: Path | Literal["cpu"]) -> pd.DataFrame:
@@ -312,11 +324,18 @@ def load(source: Path | Literal["cpu"]) -> pd.DataFrame:
 
 
 def recorded(path: Path) -> set[tuple[str, ...]]:
-    """The configurations, as ``key`` names them, of which a table holds a row that nothing disturbed; none without a file."""
-    if not path.exists():
-        return set()
-    with path.open(encoding="utf-8", newline="") as file:
-        return {tuple(row.get(name) or "" for name in _KEY) for row in csv.DictReader(file) if row.get("disturbed") == "0"}
+    """The configurations, as ``key`` names them, of which a table holds a row that nothing disturbed; none without a file.
+
+    Raises ``InputError`` where `append` would, so that it is known before anything is measured.
+    """
+    with files.writing(path, UnicodeDecodeError):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                return set()
+        with path.open("rb+") as file:
+            rows = csv.DictReader(_whole_rows(path, file.read()).decode().split("\n"))
+    return {tuple(row.get(name) or "" for name in _KEY) for row in rows if row.get("disturbed") == "0"}
 
 
 def key(c: Configuration) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from morphlib import cli
-from morphlib.latency import analytic, hardware, timing
+from morphlib.latency import DATA, analytic, hardware, timing
 from morphlib.shapes import Shape
 
 TINY = "2x64/1h/1kv/128ff/256v"
@@ -85,6 +85,8 @@ def test_a_given_launch_cost_moves_an_eager_prediction(capsys):
         (["measure", "--shape", TINY, "--together", "0"], "at least 1"),
         (["measure", "--shape", TINY, "--threads", "9999"], "more threads than cores"),
         (["measure", "--grid", "no-such-file.csv"], "cannot be read"),
+        (["measure", "--shape", TINY, "--record", "/"], "cannot be written"),
+        (["measure", "--shape", TINY, "--record", str(DATA / "hardware.csv")], "not a table of measurements"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, arguments, message):
@@ -99,7 +101,11 @@ def test_a_grid_with_wrong_columns_is_told(capsys, tmp_path):
     grid.write_text("model,batches\n12x384,1\n", encoding="utf-8")
     said = run(capsys, "measure", "--grid", str(grid))[2]
     assert "grid.csv: cannot be read as settings" in said and "'batches'" in said and "give a CSV file of model, " in said
-    for cells, wrong in (("batch\n1", "'model'"), ("model,batch\n12x384,many", "batch is 'many'; give a whole number")):
+    for cells, wrong in (
+        ("model,batch", "(it has no rows); give a CSV file"),
+        ("batch\n1", "'model'"),
+        ("model,batch\n12x384,many", "batch is 'many'; give a whole number"),
+    ):
         grid.write_text(f"{cells}\n", encoding="utf-8")
         said = run(capsys, "measure", "--grid", str(grid))[2]
         assert wrong in said and said.count("\n") == 1

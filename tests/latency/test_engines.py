@@ -136,7 +136,7 @@ def test_last_words_that_are_no_text_are_told(monkeypatch, tmp_path):
     python.write_text("#!/bin/sh\nprintf 'in Latin-1: caf\\351' >&2; exit 3\n", encoding="utf-8")
     python.chmod(0o755)
     monkeypatch.setenv("MORPH_VLLM_PYTHON", str(python))
-    with pytest.raises(InputError, match="exit code 3.: in Latin-1: caf"):
+    with pytest.raises(InputError, match=r"exit code 3\): in Latin-1: caf"):
         Worker(configuration(engine="vllm"))
 
 

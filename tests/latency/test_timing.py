@@ -133,15 +133,24 @@ def test_rows_are_appended_and_read_back(tmp_path, row):
 def test_what_a_kill_left_of_a_row_is_removed(tmp_path_factory, row_text, cut):
     path = tmp_path_factory.mktemp("cut") / "rows.csv"
     header, line, row = row_text
-    path.write_text(header + line + line[: min(cut, len(line) - 1)], encoding="utf-8")
+    path.write_text(header + line + line[: min(cut, len(line) - 2)], encoding="utf-8")
     timing.append(path, row)
     assert path.read_text(encoding="utf-8") == header + line + line
+
+
+def test_what_a_kill_left_of_the_first_line_is_removed_and_a_row_without_its_end_kept(tmp_path, row_text):
+    path = tmp_path / "rows.csv"
+    header, line, row = row_text
+    for left, kept in (("", ""), (header[:9], ""), (header[:-1], ""), (header + line[:-1], line)):
+        path.write_text(left, encoding="utf-8")
+        timing.append(path, row)
+        assert path.read_text(encoding="utf-8") == header + kept + line
 
 
 @pytest.fixture(scope="module")
 def row_text(tmp_path_factory):
     path = tmp_path_factory.mktemp("row") / "rows.csv"
-    row = dict.fromkeys(timing.COLUMNS, "x") | {"hardware": "a, b"}
+    row = dict.fromkeys(timing.COLUMNS, "x") | {"hardware": "a, b", "date": "2026-11-22"}
     timing.append(path, row)
     header, line = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return header, line, row
@@ -161,14 +170,24 @@ def test_two_processes_may_append_at_once(tmp_path):
     assert (table["model"].to_numpy() == table["date"].to_numpy()).all()  # no two rows are mixed
 
 
-def test_another_table_is_not_written_into(tmp_path, row):
+@pytest.mark.parametrize("text", [b"name,loss\na,1\n", b"my precious notes", b"n\xe9e,1\n"])
+def test_another_file_is_not_written_into(tmp_path, row, text):
     path = tmp_path / "runs.csv"
-    path.write_text("name,loss\na,1\n", encoding="utf-8")
-    with pytest.raises(InputError, match="not a table of measurements"):
-        timing.append(path, row)
-    with pytest.raises(InputError, match="not a table of measurements"):
-        timing.load(path)
-    assert path.read_text(encoding="utf-8") == "name,loss\na,1\n"
+    path.write_bytes(text)
+    for use in (timing.recorded, timing.load, lambda path: timing.append(path, row)):
+        with pytest.raises(InputError, match="not a table of measurements"):
+            use(path)
+    assert path.read_bytes() == text
+
+
+def test_where_nothing_can_be_written_is_told_before_and_nothing_is_left(tmp_path, row):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file/rows.csv", Path("/proc/rows.csv")):
+        for use in (timing.recorded, lambda path: timing.append(path, row)):
+            with pytest.raises(InputError, match=r"cannot be written .*; name a place"):
+                use(path)
+    assert timing.recorded(tmp_path / "new/rows.csv") == set()
+    assert not (tmp_path / "new/rows.csv").exists()
 
 
 def test_a_disturbed_row_is_measured_again_and_the_quieter_one_read(tmp_path, row):
