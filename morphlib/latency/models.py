@@ -78,9 +78,8 @@ class Model:
         return sizes["n_layers"] * width * (4 if dtype == "fp32" else 2)
 
     def facts(self, dtype: str) -> dict[str, Any]:
-        """What a measurement records of the model: name, shape, sizes (see `dimensions`), parameters, kind of weights."""
+        """What a measurement records of the model: shape, sizes (see `dimensions`), parameters, kind of weights."""
         return dimensions(self.config) | {
-            "model": self.name,
             "shape": str(self.shape) if self.shape else None,
             "n_params": self.n_params(),
             "kv_bytes_per_token": self.kv_bytes_per_token(dtype),
@@ -208,6 +207,17 @@ def resolve(text: str) -> Model:
     config = _auto_config().for_model(row["model_type"], **sizes, **json.loads(row["other_fields"] or "{}"))
     stand_in = "" if row["architecture"] == row["model_type"] else f", standing in for {row['architecture']}"
     return Model(name=row["name"], config=config, built_as=row["model_type"] + stand_in)
+
+
+def full_name(text: str) -> str:
+    """What a row of measurements calls the model that a user names, so that no two share a name (see `resolve`).
+
+    The whole name of a bundled model, the whole path of what is on disk, a specification as it is written.
+    """
+    path, row = Path(text), _bundled(text)
+    if row is None and (path.suffix == ".json" or _is_on_disk(path)):
+        return str(path.resolve())
+    return text if row is None else str(row["name"])
 
 
 def shape_of(text: str) -> tuple[Shape, str]:

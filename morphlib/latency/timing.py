@@ -34,7 +34,7 @@ import pandas as pd
 
 from morphlib import files
 from morphlib.errors import InputError
-from morphlib.latency import DATA
+from morphlib.latency import DATA, models
 from morphlib.latency.engines import Configuration, Worker
 from morphlib.latency.hardware import Estimate
 from morphlib.shapes import Shape
@@ -150,7 +150,7 @@ class Measurement:
     def row(self) -> dict[str, Any]:
         """The measurement as one row of a table; percentiles are of all samples."""
         c = self.configuration
-        row: dict[str, Any] = dict.fromkeys(COLUMNS) | asdict(c)
+        row: dict[str, Any] = dict.fromkeys(COLUMNS) | _settings(c)
         row |= {name: value for name, value in self.facts.items() if name in COLUMNS}
         for name in TIMES:
             samples = self.samples(name)
@@ -340,7 +340,11 @@ def recorded(path: Path) -> set[tuple[str, ...]]:
 
 def key(c: Configuration) -> tuple[str, ...]:
     """A configuration as its row in a table tells it."""
-    return tuple(f"{v:.6g}" if isinstance(v, float) else "" if v is None else str(v) for v in asdict(c).values())
+    return tuple(f"{v:.6g}" if isinstance(v, float) else "" if v is None else str(v) for v in _settings(c).values())
+
+
+def _settings(c: Configuration) -> dict[str, Any]:
+    return asdict(c) | {"model": models.full_name(c.model)}
 
 
 def protocols() -> dict[str, dict[Any, Any]]:

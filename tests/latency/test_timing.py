@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from morphlib.errors import InputError
-from morphlib.latency import timing
+from morphlib.latency import models, timing
 from morphlib.latency.engines import Configuration
 from morphlib.latency.timing import Measurement, Stopping
+from morphlib.shapes import Shape
 
 TINY = "2x64/1h/1kv/128ff/256v"
 times = arrays(float, st.integers(2, 30), elements=st.floats(1e-4, 1e3))
@@ -168,6 +169,23 @@ def test_two_processes_may_append_at_once(tmp_path):
     table = pd.read_csv(path)
     assert len(table) == 40
     assert (table["model"].to_numpy() == table["date"].to_numpy()).all()  # no two rows are mixed
+
+
+def test_a_recorded_model_is_found_again_and_no_other_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, record = models.config_of(Shape.parse(TINY)), tmp_path / "rows.csv"
+    for folder in ("a/model", "b/model"):
+        config.save_pretrained(folder)
+    Path("a/model.json").write_text('{"hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocab_size": 300}', encoding="utf-8")
+    timed = [Configuration(model=text) for text in ("GPT-Neo-1.3B", TINY, "a/model", "a/model.json")]
+    for c in timed:
+        m = Measurement(c, e2e_s=[0.9] * 3, token_times_s=[np.arange(1, 257) / 300] * 3)
+        m.facts, m.other_load = models.resolve(c.model).facts(c.dtype), 0.0
+        timing.append(record, m.row())
+    held = timing.recorded(record)
+    assert {timing.key(c) for c in timed} == held and len(timing.load(record)) == 4
+    assert {timing.key(Configuration(model=text)) for text in ("EleutherAI/gpt-neo-1.3B", str(tmp_path / "a/model"))} < held
+    assert timing.key(Configuration(model="b/model")) not in held
 
 
 @pytest.mark.parametrize("text", [b"name,loss\na,1\n", b"my precious notes", b"n\xe9e,1\n"])
