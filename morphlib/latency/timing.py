@@ -98,12 +98,17 @@ def ratio_of_medians(a_s: Array, b_s: Array, n_resamples: int = 2000, seed: int 
 def ratio_of_rows(
     rows: pd.DataFrame, first: str, second: str, engine: str = "hf-eager", dtype: str = "bf16"
 ) -> Estimate | None:
-    """E2E of one shape over that of another, from the recorded runs of both; None where one of them has no row."""
+    """E2E of one shape over that of another, from the recorded runs of both.
+
+    Of two rows that differ in nothing else: batch, lengths, threads and all that is asked for, architecture, hardware. Of
+    several such pairs it is the first; None without one.
+    """
     timed = rows[(rows["engine"] == engine) & (rows["dtype"] == dtype)]
-    found = [timed.loc[timed["shape"] == str(Shape.parse(shape)), "e2e_samples_s"] for shape in (first, second)]
-    if any(samples.empty for samples in found):
+    found = [timed[timed["shape"] == str(Shape.parse(shape))] for shape in (first, second)]
+    pairs = found[0].merge(found[1], on=[*_KEY[1:], "built_as", "hardware"], suffixes=("", "_of_second"))
+    if pairs.empty:
         return None
-    a_s, b_s = (np.array(samples.iloc[0].split(), dtype=float) for samples in found)
+    a_s, b_s = (np.array(pairs[name].iloc[0].split(), dtype=float) for name in ("e2e_samples_s", "e2e_samples_s_of_second"))
     return ratio_of_medians(a_s, b_s)
 
 

@@ -280,15 +280,20 @@ def test_the_interval_of_a_median_by_counting():
     assert ratio.value == 2.5
 
 
-def test_a_ratio_of_rows_is_of_the_shapes_in_their_order_and_of_one_engine_and_dtype():
+def test_a_ratio_of_rows_is_of_the_shapes_in_their_order_and_of_the_same_settings():
+    columns = ["shape", "engine", "dtype", "batch", "out_tokens", "threads", "hardware", "e2e_samples_s"]
     rows = pd.DataFrame(
-        [("2x128/2h/2kv/512ff/50432v", "hf-eager", "fp32", "9 9 9"), ("2x128/2h/2kv/512ff/50432v", "hf-eager", "bf16", "3 3 3"),
-         ("4x128/2h/2kv/512ff/50432v", "vllm", "bf16", "9 9 9"), ("4x128/2h/2kv/512ff/50432v", "hf-eager", "bf16", "6 6 6")],
-        columns=["shape", "engine", "dtype", "e2e_samples_s"],
+        [("2x128", "hf-eager", "fp32", 1, 64, 1, "a", "9 9 9"), ("2x128", "hf-eager", "bf16", 8, 64, 1, "a", "9 9 9"),
+         ("2x128", "hf-eager", "bf16", 1, 64, 1, "b", "9 9 9"), ("2x128", "hf-eager", "bf16", 1, 64, 1, "a", "3 3 3"),
+         ("4x128", "vllm", "bf16", 1, 64, 1, "a", "9 9 9"), ("4x128", "hf-eager", "bf16", 1, 1, 1, "a", "9 9 9"),
+         ("4x128", "hf-eager", "bf16", 1, 64, 2, "a", "9 9 9"), ("4x128", "hf-eager", "bf16", 1, 64, 1, "a", "6 6 6")],
+        columns=columns,
     )  # fmt: skip
-    assert timing.ratio_of_rows(rows, "2x128", "4x128").value == 0.5
-    assert timing.ratio_of_rows(rows, "2x128", "8x128") is None
-    assert timing.ratio_of_rows(rows, "2x128", "4x128", dtype="fp32") is None
+    recorded = pd.DataFrame(columns=timing.COLUMNS).assign(**rows.assign(shape=rows["shape"] + "/2h/2kv/512ff/50432v"))
+    assert timing.ratio_of_rows(recorded, "2x128", "4x128").value == 0.5
+    assert timing.ratio_of_rows(recorded, "4x128", "2x128").value == 2
+    assert timing.ratio_of_rows(recorded, "2x128", "8x128") is None
+    assert timing.ratio_of_rows(recorded, "2x128", "4x128", dtype="fp32") is None
 
 
 @pytest.mark.parametrize(
