@@ -232,8 +232,8 @@ def measure(
                 except InputError as error:
                     m.error = str(error)
             done, spent_s = min(len(m.e2e_s) for m, _ in running), time.monotonic() - start_s
-            limit_s = stopping.cap_s * len(running)
-            progress(f"{len(running)} running, {done} runs each in {spent_s:.0f} s, at most about {limit_s:.0f} s")
+            limit = f", at most about {stopping.cap_s * len(running):.0f} s" if np.isfinite(stopping.cap_s) else ""
+            progress(f"{len(running)} running, {done} runs each in {spent_s:.0f} s{limit}")
         of_ours, elsewhere = others()
     for m in measurements:
         m.other_load, m.load_elsewhere = of_ours, elsewhere
@@ -361,8 +361,8 @@ def protocols() -> dict[str, dict[Any, Any]]:
 def protocol(name: str) -> tuple[dict[str, Any], Stopping, tuple[int, int]]:
     """A protocol of the authors' as settings of a ``Configuration``, when to stop, and the lengths of the warm-up.
 
-    Its first batch size. The scripts keep five runs whatever their noise, and warm up by five tokens on a short sentence.
-    Raises ``InputError`` for another name.
+    Its first batch size. The scripts keep five runs, whatever their noise and however long they take, and warm up by five
+    tokens on a short sentence. Raises ``InputError`` for another name.
     """
     known = protocols()
     if name not in known:
@@ -371,4 +371,4 @@ def protocol(name: str) -> tuple[dict[str, Any], Stopping, tuple[int, int]]:
     settings = {setting: row[setting] for setting in ("in_tokens", "out_tokens", "temperature", "top_p")}
     settings |= {"engine": "vllm" if row["framework"] == "vllm" else "hf-eager", "synchronize": False}
     settings["batch"] = int(row["batch_sizes"].split()[0])
-    return settings, Stopping(min_runs=row["repeats"], min_s=0.0, noise=np.inf), (SHORT_SENTENCE_TOKENS, 5)
+    return settings, Stopping(min_runs=row["repeats"], min_s=0.0, noise=np.inf, cap_s=np.inf), (SHORT_SENTENCE_TOKENS, 5)

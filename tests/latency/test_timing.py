@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,15 @@ def test_configurations_run_in_turn_and_a_failing_one_does_not_stop_the_other():
     assert row["ran_on"] == "cpu" and row["shape"] == TINY
 
 
+def test_a_protocol_keeps_its_runs_and_a_cap_that_is_given_goes_before_it():
+    said: list[str] = []
+    c = Configuration(model=TINY, dtype="fp32", device="cpu", in_tokens=8, out_tokens=1, threads=1)
+    stopping = timing.protocol("paper-exp-1b-hf-a100")[1]
+    assert len(timing.measure([c], stopping, progress=said.append)[0].e2e_s) == 5
+    assert said[-1].startswith("1 running, 5 runs each in") and "at most" not in said[-1]
+    assert len(timing.measure([c], replace(stopping, cap_s=1e-6))[0].e2e_s) == 3
+
+
 def test_load_by_others_on_the_same_cores_is_seen():
     class Idle:
         configuration = Configuration(model=TINY, threads=1)
@@ -344,3 +354,4 @@ def test_samples_keep_six_digits_and_protocols_their_first_batch_and_any_noise()
         settings, stopping, _ = timing.protocol(name)
         assert settings["batch"] == int(str(row["batch_sizes"]).split()[0])
         assert stopping.enough([1e-3, 1.0, 10.0, 1e-3, 5.0])
+        assert not (stopping.enough([900.0] * 4) or stopping.over([900.0] * 4))  # five runs, however long they take
