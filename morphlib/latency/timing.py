@@ -24,6 +24,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -175,7 +176,6 @@ class Measurement:
             "python": platform.python_version(),
             "commit": files.commit(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            **_clock(row["ran_on"] == "cuda"),
         }
 
 
@@ -235,6 +235,8 @@ def measure(
             limit = f", at most about {stopping.cap_s * len(running):.0f} s" if np.isfinite(stopping.cap_s) else ""
             progress(f"{len(running)} running, {done} runs each in {spent_s:.0f} s{limit}")
         of_ours, elsewhere = others()
+        for m, worker in ready:
+            m.facts |= _clock(worker)
     for m in measurements:
         m.other_load, m.load_elsewhere = of_ours, elsewhere
         m.converged = stopping.enough(m.e2e_s)
@@ -269,16 +271,19 @@ def _watch(workers: Iterable[Worker]) -> Callable[[], tuple[float, float]]:
     return others
 
 
-def _clock(on_gpu: bool) -> dict[str, float]:
-    """The clock in MHz, and whether it was held down, as far as the machine tells."""
+def _clock(worker: Worker) -> dict[str, float]:
+    """The clock in MHz, and whether it is held down, as far as the machine tells; a GPU is asked while it works."""
     import psutil
 
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, NotImplementedError, AttributeError):
-        if not on_gpu:
+        if worker.facts["ran_on"] != "cuda":
             return {"clock_mhz": float(psutil.cpu_freq().current)}
         query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks_event_reasons.active", "--format=csv,noheader,nounits"]
-        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
-        clock, reasons = said.splitlines()[0].split(", ")
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(subprocess.run, query, capture_output=True, text=True, check=True, timeout=10)
+            while not asked.done():  # neither power nor heat holds down an idle GPU
+                worker.generate()
+        clock, reasons = asked.result().stdout.splitlines()[0].split(", ")
         idle_or_set = 0x1 | 0x2  # bit 0: idle, bit 1: clocks set by the user
         return {"clock_mhz": float(clock), "throttled": int(bool(int(reasons, 16) & ~idle_or_set))}
     return {}

@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 
 from morphlib.errors import InputError
 from morphlib.latency import models, timing
-from morphlib.latency.engines import Configuration
+from morphlib.latency.engines import Configuration, Worker
 from morphlib.latency.timing import Measurement, Stopping
 from morphlib.shapes import Shape
 
@@ -262,6 +262,28 @@ def test_a_protocol_keeps_its_runs_and_a_cap_that_is_given_goes_before_it():
     assert len(timing.measure([c], stopping, progress=said.append)[0].e2e_s) == 5
     assert said[-1].startswith("1 running, 5 runs each in") and "at most" not in said[-1]
     assert len(timing.measure([c], replace(stopping, cap_s=1e-6))[0].e2e_s) == 3
+
+
+def test_a_gpu_is_asked_for_its_clock_while_the_model_writes(tmp_path, monkeypatch):
+    """There need be none: the process is said to run on one, and what answers for it knows whether the process is there."""
+    smi, processes = tmp_path / "nvidia-smi", []
+    smi.write_text("#!/bin/sh\nread pid < pid && kill -0 $pid && sleep 0.5 && echo '1200, 0x4'\n", encoding="utf-8")
+    smi.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    generate = Worker.generate
+
+    def on_a_gpu(worker, *lengths):
+        processes.append(worker.process.pid)
+        Path("pid").write_text(f"{worker.process.pid}\n", encoding="utf-8")
+        worker.facts["ran_on"] = "cuda"
+        return generate(worker, *lengths)
+
+    monkeypatch.setattr(Worker, "generate", on_a_gpu)
+    c = Configuration(model=TINY, dtype="fp32", device="cpu", in_tokens=8, out_tokens=1, threads=1)
+    row = timing.measure([c], Stopping(min_runs=1, min_s=0.0, noise=np.inf))[0].row()
+    assert (row["n_runs"], row["clock_mhz"], row["throttled"]) == (1, 1200, 1)
+    assert len(processes) > 2  # the warm-up, the run, and what it wrote meanwhile
 
 
 def test_load_by_others_on_the_same_cores_is_seen():
