@@ -258,6 +258,14 @@ def test_the_ledger_on_its_page_is_computed_from_the_results(book):
     assert set(shown) == set(claims.VERDICTS)
 
 
+def test_no_page_shows_a_warning(book):
+    """What libraries write to stderr is on a page unless its cell says otherwise."""
+    for path in results.executed(book.parent / "tree/notebooks"):
+        for cell in results.read_notebook(path).cells:
+            said = [output["text"] for output in cell.get("outputs", ()) if output.get("name") == "stderr"]
+            assert not said or "remove-stderr" in cell.metadata.get("tags", []), f"{path.name}: {said}"
+
+
 def test_a_table_of_ones_own_runs_through_the_chapter(tmp_path, paper):
     """A table with the required columns and n_count, nothing more, and all rows fitted."""
     path = tmp_path / "runs.csv"
