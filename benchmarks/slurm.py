@@ -47,7 +47,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 def wait_for(condition, seconds: float, what: str) -> None:
-    """Ask again until it holds; ends the program where it does not in time."""
+    """Ask until it holds; ends the program where it does not in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -79,7 +79,7 @@ def start(folder: Path, stack: ExitStack) -> None:
         stack.callback(daemon.terminate)
         if name == "munge":
             wait_for(Path(own["socket"]).exists, 20, "munge made no socket")
-    wait_for(lambda: "idle" in said(["sinfo", "--noheader", "--format=%T"]), 60, f"Slurm is not ready: see {folder}")
+    wait_for(lambda: "idle" in said(["sinfo", "--noheader", "--format=%T"]), 60, "Slurm is not ready")
 
 
 def said(command: list[str]) -> str:
@@ -100,6 +100,7 @@ def main() -> None:
         began_s = time.monotonic()
         log = stack.enter_context((folder / "snakemake.out").open("w", encoding="utf-8"))
         run = subprocess.Popen(command, cwd=clone, stdout=log, stderr=log)
+        stack.callback(run.kill)  # it would wait for its jobs for ever
         checkpoints = clone / "_build/study/a"
         wait_for(lambda: list(checkpoints.glob("checkpoint-*")) or run.poll() is not None, 300, "run a has no checkpoint")
         jobs = said(["squeue", "--noheader", "--states=RUNNING", "--format=%A %k"]).splitlines()
