@@ -11,6 +11,7 @@ where there is one. Takes a few minutes. Prints how Slurm says each job ended, a
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def said(command: list[str]) -> str:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that the daemons end with it
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         start(folder, stack)
