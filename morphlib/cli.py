@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -387,7 +388,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parsed = _parser().parse_args(arguments)
+    try:
+        parser = _parser()
+    except InputError as error:
+        print(f"morph: {error}", file=sys.stderr)
+        return 2
+    parsed = parser.parse_args(arguments)
     try:
         result = parsed.run(parsed)
     except InputError as error:
@@ -397,6 +403,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         needed = f"it needs the package {error.name}; install morphlib with its extra, pip install 'morphlib[models]'"
         print(f"morph {parsed.command}: {needed}", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a name or a sign that this output cannot hold shows as ?
     try:
         if parsed.json:
             print(files.to_json(result))

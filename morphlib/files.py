@@ -20,8 +20,14 @@ from morphlib.errors import InputError
 
 
 def home() -> Path:
-    """What belongs to this machine and outlives a run: ``$MORPH_HOME``, or ``~/.cache/morph``."""
-    return Path(os.environ.get("MORPH_HOME") or Path.home() / ".cache/morph")
+    """What belongs to this machine and outlives a run: ``$MORPH_HOME``, or ``~/.cache/morph``.
+
+    Raises ``InputError`` where neither that variable nor a home folder is known.
+    """
+    try:
+        return Path(os.environ.get("MORPH_HOME") or Path.home() / ".cache/morph")
+    except RuntimeError:
+        raise InputError("no home folder is known here; set MORPH_HOME to a folder that stays") from None
 
 
 def sha256(path: Path) -> str:

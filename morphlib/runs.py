@@ -90,8 +90,8 @@ def load(
     that the column ``log`` names, averaged as the paper averages (``loss_from_log``).
 
     The result always has the columns ``n_count`` and ``family`` (filled in by ``size_families``
-    where the file has none). Raises ``InputError`` naming the file, the row (line of the file, the
-    header being line 1) and the column.
+    where the file has none). Raises ``InputError`` naming the file, the row (the header is
+    row 1, empty lines are not counted) and the column.
     """
     if count is not None and count not in CONVENTIONS:
         raise InputError(f"{count!r} is not a counting convention; choose one of {', '.join(CONVENTIONS)}")

@@ -193,6 +193,8 @@ def _processes(arguments: argparse.Namespace) -> Iterator[str]:
     if "RANK" not in os.environ:
         yield "cuda" if on_gpu else "cpu"
         return
+    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise InputError(f"RANK is set and {', '.join(missing)} not; start with torchrun, or unset RANK")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu:
         torch.cuda.set_device(local)

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -242,6 +243,27 @@ def test_a_result_that_cannot_be_written_is_told_in_one_line():
         command = [sys.executable, "-c", "import sys; from morphlib import cli; sys.exit(cli.main(['fit', 'paper', '--json']))"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "the result cannot be written" in done.stderr
+
+
+def test_a_name_that_the_output_cannot_hold_is_shown_all_the_same(tmp_path, paper):
+    planned = written(paper.head(1).assign(name="größer"), tmp_path / "planned.csv")
+    command = "import sys; from morphlib import cli; sys.exit(cli.main(['fit', 'paper', '--predict', sys.argv[1]]))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", command, planned], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "gr??er" in done.stdout
+
+
+def test_without_a_home_one_line_says_what_to_set(capsys, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MORPH_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    code, out, err = morph(capsys, "fit", "paper")
+    one_line(code, out, err)
+    assert "set MORPH_HOME" in err
 
 
 @pytest.mark.parametrize("rows", ["few", "one size"])

@@ -97,6 +97,16 @@ def test_wrong_arguments_end_in_one_line(tmp_path, text, capsys, arguments, mess
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_without_the_rest_of_torchrun_ends_in_one_line(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    code, out, err = morph(capsys, "train", *SMALL, "--corpus", text, "--tokens", "1e3", "--out", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert "WORLD_SIZE, MASTER_ADDR, MASTER_PORT not; start with torchrun" in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_processes_of_the_command_train_one_model(tmp_path, text):
     """Sharded over two processes by torchrun, the loss is that of one process up to the order of sums."""
     command = ["train", *SMALL, "--corpus", str(text), "--tokens", "2560"]
