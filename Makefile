@@ -6,7 +6,7 @@
 # make notebook NB=03 P="exponents=free"  one notebook with parameters of your own, and its page, under _build/own
 # make diff   what changed between the published numbers and those just computed, and which verdicts moved
 # make published  record the numbers just computed as the published ones; they are committed with the change that moved them
-# make faults  kill the build at ten moments, damage its files, fill its disk; a table of what happened (ten minutes or more)
+# make faults  kill the build at ten moments, damage its files, fill its disk; a table of what happened (ten to twenty minutes)
 # They install what they need into .venv first. PYTHON and PRESET can be set: make book PRESET=smoke.
 
 PYTHON ?= python3

@@ -356,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     told = tomllib.loads(resources.files("morphlib").joinpath("data/commands.toml").read_text(encoding="utf-8"))
     shared, texts = told.pop("shared"), told.pop("texts")
     texts |= {"laws": ", ".join(laws.NAMES), "shapes": ", ".join(laws.SHAPE_TERMS)}
-    texts |= {"gpus": ", ".join(GPUS), "home": str(files.home())}
+    texts |= {"gpus": ", ".join(GPUS)}
 
     def add(options: dict[str, dict[str, Any]], to: Any) -> None:
         for name, option in options.items():
@@ -388,12 +388,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        parser = _parser()
-    except InputError as error:
-        print(f"morph: {error}", file=sys.stderr)
-        return 2
-    parsed = parser.parse_args(arguments)
+    parsed = _parser().parse_args(arguments)
     try:
         result = parsed.run(parsed)
     except InputError as error:

@@ -51,11 +51,11 @@ def show_corpus(result: dict[str, Any]) -> None:
     print(f"megabytes of text; {result['sizes']['train']['tokens']:,} tokens to train on, in {result['folder']}")
 
 
-def _corpus(name: str) -> Corpus:
+def _corpus(name: str | None) -> Corpus:
     from morphlib import corpus
 
     if name != DOCSTRINGS:
-        return corpus.Corpus.open(Path(name))
+        return corpus.Corpus.open(Path(name) if name else _folder("corpus"))
     folder = _folder(DOCSTRINGS)
     # of several processes each comes by in turn, and the first builds
     with files.locked(folder.with_suffix(".lock")):

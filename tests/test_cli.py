@@ -255,15 +255,16 @@ def test_a_name_that_the_output_cannot_hold_is_shown_all_the_same(tmp_path, pape
     assert (done.returncode, done.stderr) == (0, "") and "gr??er" in done.stdout
 
 
-def test_without_a_home_one_line_says_what_to_set(capsys, monkeypatch):
+def test_only_what_needs_a_home_asks_for_one(capsys, monkeypatch, tmp_path):
     def nobody():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("MORPH_HOME", raising=False)
     monkeypatch.setattr(Path, "home", nobody)
-    code, out, err = morph(capsys, "fit", "paper")
+    assert morph(capsys, "fit", "paper")[0] == 0
+    code, out, err = morph(capsys, "train", "--shape", "4x64", "--tokens", "1e3", "--out", tmp_path / "run")
     one_line(code, out, err)
-    assert "set MORPH_HOME" in err
+    assert "set MORPH_HOME" in err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("rows", ["few", "one size"])
